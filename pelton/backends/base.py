@@ -1,0 +1,115 @@
+"""The seam between the engine and whatever executes a step: plain values, submit and collect.
+
+The scheduler produces a :class:`Batch`; an :class:`Executor` runs it. Nothing here knows a graph, a
+tensor library or a device, so a fake, the NumPy oracle, the CPU and a GPU are the same to the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """What the engine must know of the KV cache: ``num_blocks`` blocks of ``block_size`` tokens."""
+
+    num_blocks: int
+    block_size: int
+    bytes_per_block: int
+    max_model_len: int  # tokens (prompt + output) that one sequence may have
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """How to choose the token that follows a sequence's last scheduled token.
+
+    ``params`` is a :class:`pelton.config.SamplingParams`. ``prompt_token_ids`` and
+    ``output_token_ids`` are the history that penalties look at; the executor does not change them.
+    ``seed`` is the request's resolved seed; together with ``len(output_token_ids)`` it determines the
+    random number, so a request draws the same tokens whatever else is in the batch.
+    """
+
+    params: Any
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
+    seed: int
+    stop_token_ids: frozenset[int] = frozenset()  # forbidden until ``min_tokens`` are out
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """One sequence's share of a step: ``token_ids`` at positions ``num_computed_tokens`` and up.
+
+    ``block_ids`` covers positions [0, num_computed_tokens + len(token_ids)).
+    ``sample`` is None for a prefill chunk that does not reach the end of the prompt.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    num_computed_tokens: int
+    block_ids: tuple[int, ...]
+    sample: SampleSpec | None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step: prefill chunks and decode tokens mixed, in no particular order."""
+
+    sequences: tuple[ScheduledSequence, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(s.token_ids) for s in self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """``logprobs`` maps token id to log-probability: the sampled token and the requested top ones."""
+
+    token_id: int
+    logprobs: dict[int, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """What a step cost: seconds on the device, FLOPs and bytes by the accounting of the op table."""
+
+    seconds: float = 0.0
+    flops: float = 0.0
+    bytes: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """``tokens[i]`` belongs to the i-th scheduled sequence; None where nothing was to be sampled."""
+
+    tokens: tuple[SampledToken | None, ...]
+    stats: StepStats = field(default_factory=StepStats)
+
+
+#: logits float32 [N, vocab], one spec per row -> one token per row. Host backends get it injected.
+Sampler: TypeAlias = "Callable[[npt.NDArray[np.float32], Sequence[SampleSpec]], list[SampledToken]]"
+
+
+class Executor(Protocol):
+    """Runs steps in the order of submission. At most one caller thread."""
+
+    @property
+    def kv_spec(self) -> KVSpec: ...
+
+    def submit(self, batch: Batch) -> int:
+        """Start a step, return a ticket. May return before the step has run."""
+        ...
+
+    def collect(self, ticket: int) -> StepOutput:
+        """Wait for a step. Tickets are collected in the order of submission."""
+        ...
+
+    def close(self) -> None:
+        """Release memory and threads. Idempotent."""
+        ...

@@ -1,0 +1,64 @@
+"""A batch as the arrays that a step's graph takes as inputs. Shared by the backends that run on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..graph.cost import StepShape
+from .base import Batch, SampledToken, Sampler
+
+Ints = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """int32 arrays by input name, and the sizes for the cost model."""
+
+    arrays: dict[str, Ints]
+    shape: StepShape
+
+    @property
+    def dims(self) -> tuple[int, int, int]:
+        """(T, S, N)."""
+        return len(self.arrays["token_ids"]), len(self.arrays["seq_lens"]), len(self.arrays["logits_indices"])
+
+
+def step_inputs(batch: Batch, block_size: int) -> StepInputs:
+    """Flatten a batch: the tokens of all sequences one after the other.
+
+    Slots are block * block_size + offset. Rows of the block table are padded with block 0, which is
+    never read there because a sequence's length bounds what is read.
+    """
+    sequences = batch.sequences
+    counts = [len(s.token_ids) for s in sequences]
+    starts = np.zeros(len(sequences) + 1, np.int32)
+    np.cumsum(counts, out=starts[1:])
+    seq_lens = [s.num_computed_tokens + n for s, n in zip(sequences, counts, strict=True)]
+    table = np.zeros((len(sequences), max(len(s.block_ids) for s in sequences)), np.int32)
+    for row, sequence in zip(table, sequences, strict=True):
+        row[: len(sequence.block_ids)] = sequence.block_ids
+    first = np.array([s.num_computed_tokens for s in sequences], np.int32)
+    owner = np.repeat(np.arange(len(sequences)), counts)
+    positions = (np.arange(starts[-1], dtype=np.int32) - starts[:-1][owner]) + first[owner]
+    slots = table[owner, positions // block_size] * block_size + positions % block_size
+    sampled = [i for i, s in enumerate(sequences) if s.sample is not None]
+    arrays = {
+        "token_ids": np.fromiter((t for s in sequences for t in s.token_ids), np.int32, int(starts[-1])),
+        "positions": positions.astype(np.int32),
+        "slot_mapping": slots.astype(np.int32),
+        "block_table": table,
+        "seq_lens": np.array(seq_lens, np.int32),
+        "query_start_loc": starts,
+        "logits_indices": (starts[1:][sampled] - 1).astype(np.int32),
+    }
+    return StepInputs(arrays, StepShape(counts, seq_lens, len(sampled)))
+
+
+def sample_rows(batch: Batch, logits: npt.NDArray[np.float32], sampler: Sampler) -> tuple[SampledToken | None, ...]:
+    """Tokens in the order of the batch's sequences; ``logits`` has a row for each that is sampled."""
+    specs = [s.sample for s in batch.sequences if s.sample is not None]
+    tokens = iter(sampler(logits, specs) if specs else [])
+    return tuple(None if s.sample is None else next(tokens) for s in batch.sequences)

@@ -1,0 +1,102 @@
+"""Every knob exactly once, with its unit and its reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from .errors import RequestError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue a prompt. Field names and defaults are those vLLM and OpenAI users know.
+
+    Raises:
+        RequestError: a value is out of its range; the message names field, value and range.
+    """
+
+    n: int = 1  # answers per prompt
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 or -1: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # > 1 discourages tokens of prompt and output
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = 256  # None: until the context is full
+    min_tokens: int = 0
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None  # top log-probabilities per output token, besides the sampled one
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        for name, low, high in (
+            ("n", 1, 128),
+            ("temperature", 0.0, 100.0),
+            ("top_k", -1, math.inf),
+            ("top_p", math.ulp(0.0), 1.0),
+            ("min_p", 0.0, 1.0),
+            ("repetition_penalty", math.ulp(0.0), 100.0),
+            ("presence_penalty", -2.0, 2.0),
+            ("frequency_penalty", -2.0, 2.0),
+            ("seed", 0, 2**64 - 1),
+            ("max_tokens", 1, math.inf),
+            ("min_tokens", 0, math.inf),
+            ("logprobs", 0, 20),
+        ):
+            value = getattr(self, name)
+            if value is None and name in ("seed", "max_tokens", "logprobs"):
+                continue
+            kind = float if isinstance(low, float) else int
+            if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
+                raise RequestError(f"{name} is {value!r}", f"give {'a number' if kind is float else 'an integer'}")
+            if not low <= value <= high:  # also refuses NaN
+                raise RequestError(f"{name} is {value}", f"choose a value from {_bound(low)} to {_bound(high)}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}", "lower min_tokens")
+        if any(not isinstance(s, str) or not s for s in stop):
+            raise RequestError("a stop string is empty or no string", "remove it")
+        if any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in self.stop_token_ids):
+            raise RequestError("stop_token_ids holds something that is no token id", "give integers from 0")
+
+
+def _bound(value: float) -> str:
+    if value == math.inf:
+        return "any larger"
+    return "just above 0" if value == math.ulp(0.0) else f"{value:g}"
+
+
+KVDType = Literal["auto", "f32", "bf16"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a model is loaded and run. Everything has a default that suits a laptop and a server."""
+
+    model: str = ""  # folder, .gguf file or hub id; empty: the demo model
+    device: Literal["cpu", "reference"] = "cpu"
+    dtype: Literal["auto", "f32", "bf16"] = "auto"  # of weights that are not quantized; auto: as stored
+    kv_cache_dtype: KVDType = "auto"  # auto: f32 for an f32 model, bf16 otherwise
+    max_model_len: int | None = None  # tokens; None: what the model allows and memory holds
+    max_num_seqs: int = 64  # sequences in one step
+    max_num_batched_tokens: int = 1024  # tokens in one step: bounds the arena and a step's duration
+    block_size: int = 16  # tokens per KV block; 16 keys fill one 512-bit register
+    kv_cache_memory: int | None = None  # bytes; None: room for max_num_seqs, within free memory
+    threads: int | None = None  # None: the cores this process may use
+    isa: str | None = None  # None: the best one; PELTON_CPU_ISA overrides
+    packed_cache: bool = True  # keep packed weights on disk, mmapped at the next start
+    seed: int = 0  # for requests without one
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        return tuple(f.name for f in fields(cls))

@@ -1,0 +1,52 @@
+"""Which architecture is which class. A model file registers itself; adding one touches nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import CheckpointError, UnsupportedModelError
+from ..nn import CausalLM
+from .config import ModelConfig
+
+_MODELS: dict[str, Callable[[ModelConfig], CausalLM]] = {}
+
+
+def register(*architectures: str) -> Callable[[type[CausalLM]], type[CausalLM]]:
+    """Class decorator: the names in ``config["architectures"]`` that this model implements."""
+
+    def decorate(cls: type[CausalLM]) -> type[CausalLM]:
+        for name in architectures:
+            _MODELS[name] = cls
+        return cls
+
+    return decorate
+
+
+def architectures() -> tuple[str, ...]:
+    """All names that can be loaded, sorted."""
+    package = importlib.import_module(__package__ or "pelton.models")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return tuple(sorted(_MODELS))
+
+
+def create(config: Mapping[str, Any]) -> CausalLM:
+    """The model for a checkpoint's config.
+
+    Raises:
+        UnsupportedModelError: unknown architecture or option.
+        CheckpointError: a config value has the wrong kind.
+    """
+    names = config.get("architectures") or ["(none)"]
+    known = architectures()
+    if names[0] not in known:
+        raise UnsupportedModelError(f"architecture {names[0]} is not implemented", f"known: {', '.join(known)}")
+    try:
+        return _MODELS[names[0]](ModelConfig(config))
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UnsupportedModelError):
+            raise
+        raise CheckpointError(f"config of {names[0]}: {error!r}", "check config.json") from error

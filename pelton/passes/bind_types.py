@@ -1,0 +1,59 @@
+"""Give weights and caches the element types they are stored in: this is all that quantization is to a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from ..errors import CheckpointError
+from ..graph import BF16, F16, F32, CacheType, DType, Graph, GroupQuant, Node, TensorType, make, rewrite
+
+_CACHES = {"f32": F32, "bf16": BF16}
+
+
+def bind_types(
+    graph: Graph, stored: Mapping[str, TensorType], dtype: str = "auto", kv_cache_dtype: str = "auto"
+) -> Graph:
+    """Before: every weight and cache is f32. After: weights have their stored type, caches one type.
+
+    dtype: "f32" or "bf16" changes the type of weights that are not quantized; "auto" keeps it, except
+    that f16 runs as bf16, the 16-bit type that CPUs multiply. kv_cache_dtype "auto" is f32 where all
+    matrices are f32, bf16 otherwise.
+
+    Raises:
+        CheckpointError: a weight is missing or has another shape than the model needs.
+    """
+    for node in graph.leaves("weight"):
+        have = stored.get(node.name)
+        if have is None:
+            raise CheckpointError(
+                f"the checkpoint has no tensor {node.name}", "it is incomplete or of another architecture"
+            )
+        if have.shape != node.tensor.shape:
+            raise CheckpointError(
+                f"tensor {node.name} has shape {list(have.shape)}, the config asks for {list(node.tensor.shape)}",
+                "config and weights do not belong together",
+            )
+    choose = _chooser(dtype)
+    bound = {n.name: TensorType(n.tensor.shape, choose(stored[n.name].dtype)) for n in graph.leaves("weight")}
+    matrices = {t.dtype for t in bound.values() if len(t.shape) > 1}
+    cache = _CACHES.get(kv_cache_dtype, F32 if matrices <= {F32} else BF16)
+
+    def rule(node: Node, new: Callable[[Node], Node]) -> Node | None:
+        if node.op == "weight":
+            return make("weight", type=bound[node.name], name=node.name)
+        if isinstance(node.type, CacheType) and node.op == "input":
+            return make("input", type=CacheType(node.type.num_kv_heads, node.type.head_dim, cache), name=node.name)
+        return None
+
+    return rewrite(graph, rule)
+
+
+def _chooser(dtype: str) -> Callable[[DType | GroupQuant], DType | GroupQuant]:
+    def choose(stored: DType | GroupQuant) -> DType | GroupQuant:
+        if isinstance(stored, GroupQuant):
+            return stored
+        if dtype != "auto":
+            return _CACHES[dtype]
+        return BF16 if stored == F16 else stored
+
+    return choose

@@ -1,0 +1,44 @@
+"""The ordered list of passes. Each takes a verified graph and returns a verified graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..graph import Graph
+from .fuse_add_norm import fuse_add_norm
+from .fuse_rope_kv_write import fuse_rope_kv_write
+from .last_token_logits import last_token_logits
+from .merge_linears import merge_linears
+from .simplify import simplify
+
+
+@dataclass(frozen=True)
+class Pass:
+    name: str
+    run: Callable[[Graph], Graph]
+    reason: str  # why it stands at this place
+
+
+PIPELINE: tuple[Pass, ...] = (
+    Pass("last_token_logits", last_token_logits, "first: it moves through single ops, not through fused ones"),
+    Pass("merge_linears", merge_linears, "before fusions, which then see q, k and v as views of one product"),
+    Pass("fuse_add_norm", fuse_add_norm, "needs the row selection in place: it must not cross a fused pair"),
+    Pass("fuse_rope_kv_write", fuse_rope_kv_write, "works on the views that merge_linears made"),
+    Pass("simplify", simplify, "last: clears what the others left behind"),
+)
+
+
+def run_passes(graph: Graph, *, after: str | None = None) -> Graph:
+    """Run the pipeline, all of it or up to and including the pass named ``after``.
+
+    Raises:
+        ValueError: no such pass.
+    """
+    if after is not None and after not in [p.name for p in PIPELINE]:
+        raise ValueError(f"no pass named {after!r}; the passes are {', '.join(p.name for p in PIPELINE)}")
+    for step in PIPELINE:
+        graph = step.run(graph)
+        if step.name == after:
+            break
+    return graph

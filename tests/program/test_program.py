@@ -1,0 +1,86 @@
+"""Lowering, memory planning, and the program's text."""
+
+from __future__ import annotations
+
+import textwrap
+
+import pytest
+
+from pelton.graph import F32, Graph
+from pelton.graph import builder as g
+from pelton.models import create
+from pelton.nn import trace
+from pelton.passes import run_passes
+from pelton.program import View, lower, parse_program, plan_memory, print_program
+from tests.helpers.tiny_models import FAMILIES
+
+LIMITS = {"T": 10, "S": 4, "N": 4}
+
+
+def program_of(family: str):
+    _, architecture, fields = FAMILIES[family]
+    graph = trace(create({**fields, "architectures": [architecture]}), family)
+    return lower(run_passes(graph), LIMITS, 64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_round_trip(family: str) -> None:
+    program = program_of(family)
+    assert parse_program(print_program(program)) == program
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_two_live_buffers_overlap(family: str) -> None:
+    program = program_of(family)
+    live: dict[int, tuple[int, int]] = {}
+    for time, call in enumerate(program.calls):
+        for view in (v for v in (*call.outputs, *call.operands) if isinstance(v, View)):
+            first, _ = live.get(view.buffer, (time, time))
+            live[view.buffer] = (first, time)
+    live[program.output.buffer] = (live[program.output.buffer][0], len(program.calls))
+    spans = {}
+    for index in live:
+        buffer = program.buffers[index]
+        spans[index] = (buffer.offset, buffer.offset + LIMITS[buffer.rows] * buffer.cols * 4)
+        assert buffer.offset % 64 == 0 and spans[index][1] <= program.arena_bytes
+    for a in live:
+        for b in live:
+            if a < b and live[a][0] <= live[b][1] and live[b][0] <= live[a][1]:
+                assert spans[a][1] <= spans[b][0] or spans[b][1] <= spans[a][0], (a, b)
+
+
+def test_memory_planning_text_in_text_out() -> None:
+    """A chain of three needs two places; the third buffer takes the first one's."""
+    source = """\
+    program chain (arena 0 bytes)
+    limit T = 4
+    input 0 = x
+    buffer 0 = f32[T, 16] @ -1
+    buffer 1 = f32[T, 16] @ -1
+    buffer 2 = f32[T, 16] @ -1
+    call %0[0:16] = scale(input 0) {'factor': 2.0}
+    call %1[0:16] = scale(%0[0:16]) {'factor': 2.0}
+    call %2[0:16] = scale(%1[0:16]) {'factor': 2.0}
+    return %2[0:16]
+    """
+    planned = print_program(plan_memory(parse_program(textwrap.dedent(source))))
+    assert "(arena 512 bytes)" in planned
+    assert [line.split("@ ")[1] for line in planned.splitlines() if line.startswith("buffer")] == ["0", "256", "0"]
+
+
+def test_arena_is_far_smaller_than_the_sum_of_buffers() -> None:
+    program = program_of("llama")
+    everything = sum(LIMITS[b.rows] * b.cols * 4 for b in program.buffers)
+    assert program.arena_bytes < everything / 3
+
+
+def test_a_computed_matrix_cannot_be_a_linear_weight() -> None:
+    x = g.input_("x", ("T", 4), F32)
+    w = g.input_("w", (4, 4), F32)
+    with pytest.raises(ValueError, match="must be a weight"):
+        lower(Graph("g", (g.linear(x, w),)), LIMITS, 8)
+
+
+def test_parser_names_the_line() -> None:
+    with pytest.raises(ValueError, match="line 1"):
+        parse_program("call nonsense\n")
