@@ -93,7 +93,7 @@ class EngineConfig:
     block_size: int = 16  # tokens per KV block; 16 keys fill one 512-bit register
     kv_cache_memory: int | None = None  # bytes; None: room for max_num_seqs, within free memory
     threads: int | None = None  # None: the cores this process may use
-    isa: str | None = None  # None: the best one; PELTON_CPU_ISA overrides
+    isa: str | None = None  # None: PELTON_CPU_ISA, else the best one
     packed_cache: bool = True  # keep packed weights on disk, mmapped at the next start
     seed: int = 0  # for requests without one
 

@@ -26,11 +26,12 @@ class StepInputs:
         return len(self.arrays["token_ids"]), len(self.arrays["seq_lens"]), len(self.arrays["logits_indices"])
 
 
-def step_inputs(batch: Batch, block_size: int) -> StepInputs:
+def step_inputs(batch: Batch, block_size: int, *, every: bool = False) -> StepInputs:
     """Flatten a batch: the tokens of all sequences one after the other.
 
     Slots are block * block_size + offset. Rows of the block table are padded with block 0, which is
-    never read there because a sequence's length bounds what is read.
+    never read there because a sequence's length bounds what is read. every: logits of every token, not
+    only of those that are sampled from.
     """
     sequences = batch.sequences
     counts = [len(s.token_ids) for s in sequences]
@@ -44,7 +45,8 @@ def step_inputs(batch: Batch, block_size: int) -> StepInputs:
     owner = np.repeat(np.arange(len(sequences)), counts)
     positions = (np.arange(starts[-1], dtype=np.int32) - starts[:-1][owner]) + first[owner]
     slots = table[owner, positions // block_size] * block_size + positions % block_size
-    sampled = [i for i, s in enumerate(sequences) if s.sample is not None]
+    rows = np.array([i for i, s in enumerate(sequences) if s.sample is not None], np.int64)
+    indices = np.arange(starts[-1]) if every else starts[1:][rows] - 1
     arrays = {
         "token_ids": np.fromiter((t for s in sequences for t in s.token_ids), np.int32, int(starts[-1])),
         "positions": positions.astype(np.int32),
@@ -52,9 +54,9 @@ def step_inputs(batch: Batch, block_size: int) -> StepInputs:
         "block_table": table,
         "seq_lens": np.array(seq_lens, np.int32),
         "query_start_loc": starts,
-        "logits_indices": (starts[1:][sampled] - 1).astype(np.int32),
+        "logits_indices": indices.astype(np.int32),
     }
-    return StepInputs(arrays, StepShape(counts, seq_lens, len(sampled)))
+    return StepInputs(arrays, StepShape(counts, seq_lens, len(indices)))
 
 
 def sample_rows(batch: Batch, logits: npt.NDArray[np.float32], sampler: Sampler) -> tuple[SampledToken | None, ...]:

@@ -58,7 +58,7 @@ class RopeSpec:
         if self.scaling == "linear":
             return plain / self.factor
         if self.scaling == "factors":
-            return plain / np.asarray(self.factors)
+            return plain / np.asarray(self.factors, dtype=np.float64)
         if self.scaling == "llama3":
             turns = self.original_max_position * plain / (2 * math.pi)
             span = self.high_freq_factor - self.low_freq_factor
@@ -69,7 +69,9 @@ class RopeSpec:
             if self.truncate:
                 low, high = math.floor(low), math.ceil(high)
             low, high = max(low, 0), min(high, self.rotary_dim - 1)
-            ramp: npt.NDArray[np.float64] = np.clip((np.arange(self.rotary_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+            ramp: npt.NDArray[np.float64] = np.clip(
+                (np.arange(self.rotary_dim // 2) - low) / max(high - low, 0.001), 0, 1
+            )
             return plain * (1 - ramp) + plain / self.factor * ramp
         raise ValueError(f"no such rope scaling: {self.scaling}")
 

@@ -46,9 +46,9 @@ class ReferenceExecutor:
     def kv_spec(self) -> KVSpec:
         return self._kv_spec
 
-    def logits(self, batch: Batch) -> Any:
-        """float32 [N, vocab] for the sequences that are sampled, in order."""
-        inputs = step_inputs(batch, self._kv_spec.block_size).arrays
+    def logits(self, batch: Batch, *, every: bool = False) -> Any:
+        """float32 [N, vocab] for the sequences that are sampled, in order; or for every token."""
+        inputs = step_inputs(batch, self._kv_spec.block_size, every=every).arrays
         values: dict[Node, Any] = {**self._constants, **self._caches}
         for node in self._graph.nodes:
             if node.op == "input" and node not in values:

@@ -1,0 +1,59 @@
+# Pelton's commands. `make demo` and `make test` are the two that a newcomer needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help demo install test check lint format types bench sanitize clean
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+
+# Stamps are newer than what was installed from, so that a second call installs nothing.
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -name '*.cc' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
+
+$(VENV)/.demo: $(BIN)/python $(SOURCES)
+	$(BIN)/pip install -q -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(BIN)/python $(SOURCES)
+	$(BIN)/pip install -q -e '.[demo,test]'
+	@touch $@
+
+install: $(VENV)/.demo ## Make .venv and install Pelton (compiles the extension)
+
+demo: $(VENV)/.demo ## Answer a prompt with SmolLM2-135M-Instruct on this machine
+	$(BIN)/pelton run -p "Explain in three sentences why the sky is blue." --max-tokens 120 --temperature 0
+
+test: $(VENV)/.test ## Install what the tests need and run them all
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+format: $(VENV)/.test ## Reformat Python and C++
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter csrc/%,$(SOURCES))
+
+check: lint types ## Lint, types, tests, and lines per folder
+	$(BIN)/python tools/count_lines.py
+	$(BIN)/python -m pytest
+
+sanitize: $(VENV)/.test ## Kernel tests under the address, undefined-behaviour and thread sanitizers
+	PYTHON=$(BIN)/python tools/sanitize.sh
+
+bench: $(VENV)/.test ## Pelton beside transformers, interleaved; writes benchmarks/results/
+	$(BIN)/python -m benchmarks.transformers_side_by_side
+
+clean: ## Remove what the other commands made
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis pelton/backends/cpu/_native*.so

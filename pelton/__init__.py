@@ -1,0 +1,59 @@
+"""Pelton: LLM inference that gets the most out of the hardware you have, and proves it with numbers.
+
+The public API is what ``__all__`` lists. Everything is imported at its first use, so that
+``import pelton`` costs milliseconds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import EngineConfig, SamplingParams
+    from .errors import PeltonError
+    from .llm import LLM
+    from .outputs import CompletionOutput, RequestOutput
+
+    __version__: str
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineConfig",
+    "PeltonError",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
+
+_MODULES = {
+    "LLM": "llm",
+    "SamplingParams": "config",
+    "EngineConfig": "config",
+    "RequestOutput": "outputs",
+    "CompletionOutput": "outputs",
+    "PeltonError": "errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    value: object
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            value = version("pelton")
+        except PackageNotFoundError:  # run from a checkout that is not installed
+            value = "0+unknown"
+    elif name in _MODULES:
+        from importlib import import_module
+
+        value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

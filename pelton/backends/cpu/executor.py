@@ -1,0 +1,181 @@
+"""The CPU executor: packs the program's constants, hands its calls to the native side, runs steps."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...graph.quantized import HostTensor
+from ...program import Constant, Program, print_program
+from ...program.weights import evaluate, vector
+from ..base import Batch, KVSpec, Sampler, StepOutput, StepStats
+from ..step_inputs import StepInputs, sample_rows, step_inputs
+from . import packing
+from .calls import CACHE_FORMATS, native_calls
+from .packed_cache import open_or_pack
+
+Bytes = npt.NDArray[np.uint8]
+
+
+def constant_bytes(constant: Constant) -> int:
+    """Size of a constant after packing, known without reading it."""
+    if constant.expr is None:
+        attrs = dict(constant.attrs)
+        return 4 * (attrs["positions"] * attrs["rotary_dim"] if constant.packing == "rope" else attrs["num_heads"])
+    type = constant.expr.tensor
+    if constant.packing == "vector":
+        return 4 * int(type.shape[0])
+    rows, cols = (int(d) for d in type.shape)
+    sizes = {"panels": packing.linear_nbytes, "rows": packing.rows_nbytes}
+    return sizes[constant.packing](rows, cols, type.dtype)
+
+
+def cache_bytes_per_block(program: Program, block_size: int) -> int:
+    """Bytes that one block of ``block_size`` tokens takes in all layers together."""
+    from . import _native
+
+    return sum(
+        _native.cache_bytes(c.num_kv_heads, c.head_dim, block_size, 1, CACHE_FORMATS[c.dtype]) for c in program.caches
+    )
+
+
+def choose_isa(requested: str | None) -> str:
+    """The requested tier, else ``PELTON_CPU_ISA``, else the best one this machine has.
+
+    Raises:
+        PeltonError: this machine or this build does not have the tier.
+    """
+    from ...errors import PeltonError
+    from . import _native
+
+    known: list[str] = _native.supported_isas()
+    isa = requested or os.environ.get("PELTON_CPU_ISA") or known[-1]
+    if isa not in known:
+        raise PeltonError(f"this machine cannot run ISA {isa!r}", f"choose one of {', '.join(known)}")
+    return isa
+
+
+class CpuExecutor:
+    """Runs a program with native kernels. Steps run inside ``submit``; ``collect`` hands out results.
+
+    read: yields a checkpoint tensor by name. content_key: identifies the checkpoint's content for the
+    packed-weight cache, None to keep packed weights in memory only. on_packed(bytes) reports progress
+    while packing. Activations are float32; products use bf16 pairs where the ISA has them and the
+    weights are not float32.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        read: Callable[[str], HostTensor],
+        kv_spec: KVSpec,
+        sampler: Sampler,
+        *,
+        isa: str,
+        threads: int,
+        content_key: str | None = None,
+        on_packed: Callable[[int], None] = lambda size: None,
+    ) -> None:
+        from . import _native
+
+        self.program, self.isa, self.threads = program, isa, threads
+        self._kv_spec = kv_spec
+        self._sampler = sampler
+        self._tickets: dict[int, StepOutput] = {}
+        self._next_ticket = 0
+        self._native: Any = _native.Executor(isa, threads, max(program.arena_bytes, 64))
+        for data in self._pack(read, content_key, on_packed):
+            self._native.add_constant(data)
+        for cache in program.caches:
+            format = CACHE_FORMATS[cache.dtype]
+            self._native.add_cache(
+                _native.cache_bytes(cache.num_kv_heads, cache.head_dim, kv_spec.block_size, kv_spec.num_blocks, format)
+            )
+        for call in native_calls(program, kv_spec.block_size, kv_spec.num_blocks):
+            self._native.add_call(call.kernel, call.operands, call.ints, call.floats)
+
+    def _pack(
+        self, read: Callable[[str], HostTensor], content_key: str | None, on_packed: Callable[[int], None]
+    ) -> list[Bytes]:
+        constants = self.program.constants
+        sizes = [constant_bytes(c) for c in constants]
+
+        def pack(index: int) -> Bytes:
+            constant = constants[index]
+            if constant.packing == "panels":
+                return packing.pack_linear(evaluate(_expr(constant), read))
+            if constant.packing == "rows":
+                return packing.pack_rows(evaluate(_expr(constant), read))
+            return vector(constant, read).view(np.uint8).reshape(-1)
+
+        def report(index: int) -> None:
+            on_packed(sizes[index])
+
+        if content_key is not None:
+            recipe = "\n".join(line for line in print_program(self.program).splitlines() if line.startswith("const"))
+            key = hashlib.sha256(f"{packing.VERSION}\n{content_key}\n{recipe}".encode()).hexdigest()[:32]
+            try:
+                return open_or_pack(key, sizes, pack, report)
+            except OSError as error:
+                warnings.warn(
+                    f"packed weights are not kept: {error}; set PELTON_CACHE to a writable folder", stacklevel=2
+                )
+        packed = []
+        for index in range(len(constants)):
+            packed.append(pack(index))
+            report(index)
+        return packed
+
+    @property
+    def kv_spec(self) -> KVSpec:
+        return self._kv_spec
+
+    def logits(self, batch: Batch, *, every: bool = False) -> npt.NDArray[np.float32]:
+        """float32 [N, vocab] for the sequences that are sampled, in order; or for every token.
+
+        The array is overwritten by the next step. With ``every``, a batch may have at most
+        ``max_num_seqs`` tokens, the rows of logits that the arena has room for.
+        """
+        return self._run(step_inputs(batch, self._kv_spec.block_size, every=every))[0]
+
+    def profile(self, batch: Batch) -> list[float]:
+        """Run a step and return the seconds of each call of the program."""
+        inputs = step_inputs(batch, self._kv_spec.block_size)
+        seconds: list[float] = self._native.run_profiled(inputs.dims, self._arrays(inputs))
+        return seconds
+
+    def _arrays(self, inputs: StepInputs) -> list[npt.NDArray[np.int32]]:
+        return [inputs.arrays[name].reshape(-1) for name in self.program.inputs]
+
+    def _run(self, inputs: StepInputs) -> tuple[npt.NDArray[np.float32], float]:
+        seconds: float = self._native.run(inputs.dims, self._arrays(inputs))
+        output = self.program.output
+        buffer = self.program.buffers[output.buffer]
+        logits = self._native.arena(buffer.offset + 4 * output.start, inputs.dims[2], output.cols, buffer.cols)
+        return logits, seconds
+
+    def submit(self, batch: Batch) -> int:
+        inputs = step_inputs(batch, self._kv_spec.block_size)
+        logits, seconds = self._run(inputs)
+        flops, size = (inputs.shape.evaluate(c) for c in (self.program.flops, self.program.bytes))
+        self._next_ticket += 1
+        tokens = sample_rows(batch, logits, self._sampler)
+        self._tickets[self._next_ticket] = StepOutput(tokens, StepStats(seconds, flops, size))
+        return self._next_ticket
+
+    def collect(self, ticket: int) -> StepOutput:
+        return self._tickets.pop(ticket)
+
+    def close(self) -> None:
+        self._native.close()
+
+
+def _expr(constant: Constant) -> Any:
+    assert constant.expr is not None
+    return constant.expr

@@ -1,0 +1,122 @@
+"""Packed weights on disk: written once, mmapped at every later start.
+
+A file is a valid safetensors file of uint8 tensors, one per constant of the program, each aligned to
+a page. Its name is a hash of the checkpoint's content, of what is packed and how, and of the packing's
+version. It is written beside its place and renamed, so a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...paths import cache_dir
+
+Bytes = npt.NDArray[np.uint8]
+_PAGE = 4096
+
+
+def content_hash(files: Sequence[Path]) -> str:
+    """SHA-256 over the files' bytes. Known results are kept by path, size and time of change."""
+    index_path = cache_dir() / "content-hashes.json"
+    try:
+        index: dict[str, str] = json.loads(index_path.read_text())
+    except (OSError, ValueError):
+        index = {}
+    digests, changed = [], False
+    for file in files:
+        stat = file.stat()
+        key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+        if key not in index:
+            with file.open("rb") as stream:
+                digest = hashlib.sha256()
+                while block := stream.read(1 << 22):
+                    digest.update(block)
+            index[key], changed = digest.hexdigest(), True
+        digests.append(index[key])
+    if changed:
+        with contextlib.suppress(OSError):  # only a shortcut: without it the hash is made again
+            _write_atomically(index_path, [json.dumps(index).encode()])
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def open_or_pack(
+    key: str, sizes: Sequence[int], pack: Callable[[int], Bytes], on_packed: Callable[[int], None]
+) -> list[Bytes]:
+    """The packed constants, from the cache or packed now and kept there.
+
+    pack(i) makes constant i, of sizes[i] bytes; on_packed(i) reports progress. Only one constant is in
+    memory at a time.
+
+    Raises:
+        OSError: the cache cannot be written; the caller decides what then.
+    """
+    path = cache_dir() / "packed" / f"{key}.safetensors"
+    found = _open(path, sizes)
+    if found is not None:
+        return found
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        header: dict[str, Any] = {}
+        offset = 0
+        for i, size in enumerate(sizes):
+            end = offset + _aligned(size)  # padded to whole pages, so that every constant starts on one
+            header[str(i)] = {"dtype": "U8", "shape": [end - offset], "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header).encode()
+        text += b" " * (_aligned(8 + len(text)) - 8 - len(text))
+        yield len(text).to_bytes(8, "little") + text
+        for i, size in enumerate(sizes):
+            data = pack(i)
+            assert data.nbytes == size, f"constant {i}: {data.nbytes} bytes packed, {size} expected"
+            yield data.data
+            yield bytes(_aligned(size) - size)
+            on_packed(i)
+
+    _write_atomically(path, chunks())
+    found = _open(path, sizes)
+    if found is None:
+        raise OSError(f"{path} cannot be read back")
+    return found
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _PAGE) * _PAGE
+
+
+def _open(path: Path, sizes: Sequence[int]) -> list[Bytes] | None:
+    """The mmapped constants, or None if there is no file or it is not what would be written."""
+    try:
+        data = np.memmap(path, np.uint8, mode="r")
+        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        header: dict[str, Any] = json.loads(data[8:start].tobytes())
+        spans = [header[str(i)]["data_offsets"] for i in range(len(sizes))]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    end = spans[-1][1] if spans else 0
+    if [b - a for a, b in spans] != list(map(_aligned, sizes)) or start % _PAGE or start + end != len(data):
+        return None
+    whole = np.asarray(data)
+    return [whole[start + a : start + a + size] for (a, _), size in zip(spans, sizes, strict=True)]
+
+
+def _write_atomically(path: Path, chunks: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            for chunk in chunks:
+                stream.write(chunk)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

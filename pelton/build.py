@@ -1,0 +1,255 @@
+"""The composition root: checkpoint + model + passes + backend -> an executor. The only wiring."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .backends.base import Executor, KVSpec
+from .checkpoint import Checkpoint, open_checkpoint, resolve_model
+from .config import EngineConfig
+from .errors import OutOfMemoryError, PeltonError, RequestError, TokenizerError
+from .graph import Graph
+from .ledger import Ledger, available_memory, human
+from .models import create
+from .nn import trace
+from .passes import bind_types, run_passes
+from .program import Program, lower
+
+#: Where configs say how long a context the model was trained for.
+_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
+#: BLOOM and other models without a limit of their own.
+_DEFAULT_CONTEXT = 2048
+#: The KV cache unless asked for otherwise, or for one sequence at full length if that is more. It is
+#: reserved address space: memory is taken when blocks are first used.
+_DEFAULT_KV_BYTES = 4 << 30
+
+#: progress(done, total) in bytes of packed weights.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before weights are read: what would run, and what memory it needs."""
+
+    config: EngineConfig
+    checkpoint: Checkpoint
+    graph: Graph
+    program: Program
+    kv_spec: KVSpec
+    ledger: Ledger
+    available: int  # bytes this process may take now
+    vocab_size: int
+    isa: str
+    threads: int
+
+    def check_memory(self) -> None:
+        """Raises OutOfMemoryError if the ledger exceeds what is available, naming what would fit."""
+        need, have = self.ledger.total, self.available
+        if need > have:
+            fixed = need - self.ledger.kv_cache
+            fits = max(0, have - fixed) // max(1, self.ledger.kv_bytes_per_token)
+            remedy = (
+                f"max_model_len={fits} or less, or a smaller max_num_seqs, would fit"
+                if fits >= 16
+                else "use a smaller or more strongly quantized model"
+            )
+            raise OutOfMemoryError(f"{self.checkpoint.path.name} needs {human(need)}, {human(have)} are free", remedy)
+
+
+@dataclass
+class Built:
+    """A model that is ready to run."""
+
+    plan: Plan
+    executor: Executor
+    tokenizer: Any  # pelton.text.Tokenizer, or None: token ids in and out only
+    eos_token_ids: frozenset[int]
+    vocab_size: int
+
+    @cached_property
+    def peak_bandwidth(self) -> float | None:
+        """Measured DRAM read bandwidth in bytes/s, for MBU; measured once per machine and kept."""
+        if self.plan.config.device != "cpu":
+            return None
+        from .backends.cpu.peaks import measured_peaks
+
+        return measured_peaks(self.plan.isa, self.plan.threads).get("read_bandwidth")
+
+    def close(self) -> None:
+        self.executor.close()
+
+
+def trained_context(config: Mapping[str, Any]) -> int:
+    """Tokens of context the model was trained for."""
+    for name in _CONTEXT_FIELDS:
+        value = config.get(name)
+        if isinstance(value, int) and value > 0:
+            return value
+    return _DEFAULT_CONTEXT
+
+
+def bound_graph(config: EngineConfig, checkpoint: Checkpoint) -> Graph:
+    """The model's graph with the checkpoint's types, before any pass."""
+    graph = trace(create(checkpoint.config), checkpoint.architecture)
+    stored = {name: tensor.type for name, tensor in checkpoint.tensors.items()}
+    return bind_types(graph, stored, config.dtype, config.kv_cache_dtype)
+
+
+def plan(config: EngineConfig) -> Plan:
+    """Open, trace, rewrite, lower and account; no weight is read.
+
+    Raises:
+        PeltonError: any problem of the checkpoint or the configuration, in one line.
+    """
+    from .backends.cpu.executor import cache_bytes_per_block, choose_isa, constant_bytes
+
+    checkpoint = open_checkpoint(resolve_model(config.model))
+    _check(config)
+    graph = run_passes(bound_graph(config, checkpoint))
+    context = trained_context(checkpoint.config)
+    if config.max_model_len is not None and config.max_model_len > context:
+        raise RequestError(
+            f"max_model_len {config.max_model_len} exceeds the {context} tokens the model was trained for",
+            f"choose at most {context}",
+        )
+    limits = {"T": config.max_num_batched_tokens, "S": config.max_num_seqs, "N": config.max_num_seqs}
+    program = lower(graph, limits, config.max_model_len or context)
+    sizes: dict[str, int] = {}
+    for constant in program.constants:
+        sizes[constant.packing] = sizes.get(constant.packing, 0) + constant_bytes(constant)
+    mapped = sizes.pop("rows", 0)
+    without_kv = Ledger(sum(sizes.values()), mapped, 0, 0, 0, program.arena_bytes)
+    block_bytes = cache_bytes_per_block(program, config.block_size)
+    available = available_memory()
+    kv_spec = _kv_spec(config, context, block_bytes, max(0, available - without_kv.total))
+    ledger = replace(
+        without_kv,
+        kv_cache=kv_spec.num_blocks * block_bytes,
+        kv_bytes_per_token=block_bytes // config.block_size,
+        kv_tokens=kv_spec.num_blocks * config.block_size,
+    )
+    vocab = int(graph.outputs[0].tensor.shape[-1])
+    threads = config.threads or usable_cores()
+    isa = choose_isa(config.isa)
+    return Plan(config, checkpoint, graph, program, kv_spec, ledger, available, vocab, isa, threads)
+
+
+def _kv_spec(config: EngineConfig, context: int, block_bytes: int, free: int) -> KVSpec:
+    """How many blocks, and the longest sequence. ``free``: bytes left beside everything else."""
+    wanted = config.max_model_len or context
+    blocks_for = -(-wanted // config.block_size)
+    if config.kv_cache_memory is not None:
+        num_blocks = config.kv_cache_memory // block_bytes
+    else:
+        # Every sequence at full length, within reason: others live on this machine too.
+        reason = max(_DEFAULT_KV_BYTES, blocks_for * block_bytes)
+        num_blocks = min(min(free // 2, reason) // block_bytes, blocks_for * config.max_num_seqs)
+    if config.max_model_len is not None:
+        if config.kv_cache_memory is not None and num_blocks < blocks_for:
+            raise OutOfMemoryError(
+                f"kv_cache_memory holds {num_blocks * config.block_size} tokens, max_model_len is {wanted}",
+                f"raise it to {human(blocks_for * block_bytes)} or lower max_model_len",
+            )
+        num_blocks = max(num_blocks, blocks_for)  # the ledger says so if that is too much
+    num_blocks = max(num_blocks, 1)
+    return KVSpec(num_blocks, config.block_size, block_bytes, min(wanted, num_blocks * config.block_size))
+
+
+def build(config: EngineConfig, progress: Progress | None = None) -> Built:
+    """Load a model.
+
+    progress is called while weights are packed, which happens only the first time.
+
+    Raises:
+        PeltonError: the model cannot be loaded; the line names cause and remedy.
+    """
+    from .engine.sampling import HostSampler
+
+    planned = plan(config)
+    planned.check_memory()
+    checkpoint = planned.checkpoint
+    tokenizer = _tokenizer(checkpoint)
+    read: Callable[[str], Any] = lambda name: checkpoint.tensors[name].read()  # noqa: E731
+    executor: Executor
+    if config.device == "reference":
+        from .backends.reference.executor import ReferenceExecutor
+
+        executor = ReferenceExecutor(planned.graph, read, planned.kv_spec, HostSampler())
+    else:
+        from .backends.cpu.executor import CpuExecutor
+        from .backends.cpu.packed_cache import content_hash
+
+        done, total = 0, planned.ledger.weights + planned.ledger.mapped
+
+        def on_packed(size: int) -> None:
+            nonlocal done
+            done += size
+            if progress is not None:
+                progress(done, total)
+
+        executor = CpuExecutor(
+            planned.program, read, planned.kv_spec, HostSampler(), isa=planned.isa, threads=planned.threads,
+            content_key=content_hash(checkpoint.files) if config.packed_cache else None, on_packed=on_packed,
+        )  # fmt: skip
+    eos = checkpoint.generation.get("eos_token_id", checkpoint.config.get("eos_token_id"))
+    eos_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    if tokenizer is not None:
+        eos_ids |= tokenizer.stop_token_ids
+    return Built(planned, executor, tokenizer, eos_ids, planned.vocab_size)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Any:
+    from .text import load_tokenizer, tokenizer_from_gguf
+
+    if checkpoint.gguf_metadata is not None:
+        return tokenizer_from_gguf(checkpoint.gguf_metadata, checkpoint.generation)
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    try:
+        return load_tokenizer(folder, checkpoint.generation)
+    except TokenizerError:
+        if _has_tokenizer_files(folder):
+            raise
+        return None  # random weights and test models: token ids in and out still work
+
+
+def _has_tokenizer_files(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
+
+
+def _check(config: EngineConfig) -> None:
+    for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise PeltonError(f"{name} is {value!r}", "give a whole number from 1")
+    for name in ("threads", "max_model_len", "kv_cache_memory"):
+        value = getattr(config, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise PeltonError(f"{name} is {value!r}", "give a whole number from 1, or leave it out")
+    for name, allowed in (("device", ("cpu", "reference")), ("dtype", ("auto", "f32", "bf16")),
+                          ("kv_cache_dtype", ("auto", "f32", "bf16"))):  # fmt: skip
+        if getattr(config, name) not in allowed:
+            raise PeltonError(f"{name} is {getattr(config, name)!r}", f"choose one of {', '.join(allowed)}")
+    if config.block_size % 16:
+        raise PeltonError(f"block_size is {config.block_size}", "give a multiple of 16")
+    if config.max_num_batched_tokens < config.max_num_seqs:
+        raise PeltonError(
+            f"max_num_batched_tokens {config.max_num_batched_tokens} is less than max_num_seqs {config.max_num_seqs}",
+            "every running sequence needs one token per step: raise the first or lower the second",
+        )
+
+
+def usable_cores() -> int:
+    """Cores by affinity and by the cgroup's CPU quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass  # no cgroup v2
+    return cores

@@ -1,0 +1,278 @@
+"""The loop: schedule, submit, collect, append.
+
+Synchronous and single-threaded; text, networking and threads are the layers above.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ..backends.base import Executor, StepStats
+from ..config import SamplingParams
+from ..errors import RequestError
+from ..metrics import RequestMetrics
+from .request import FinishReason, Request, Sequence, derive_seed
+from .scheduler import Budget, Schedule, SchedulerState, schedule
+
+
+@dataclass(slots=True)
+class EngineOutput:
+    """What a step brought to one request.
+
+    ``finish_reason`` is set, with ``metrics``, by the step that ends the request. ``stop_reason`` is the
+    token of ``stop_token_ids`` that ended it, None for an end-of-sequence token.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[dict[int, float] | None, ...]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    metrics: RequestMetrics | None = None
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Totals since the engine started, and what is live now.
+
+    ``seconds``, ``flops`` and ``bytes`` are the executor's; the ``decode_`` ones count only steps that
+    decode and prefill nothing, since a mixed step says nothing about the bandwidth of decoding.
+    """
+
+    prompt_tokens: int = 0  # of requests that reached their first token
+    output_tokens: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    seconds: float = 0.0
+    flops: float = 0.0
+    bytes: float = 0.0
+    decode_steps: int = 0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    decode_flops: float = 0.0
+    decode_bytes: float = 0.0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_blocks: int = 0
+    num_blocks: int = 0
+
+
+class LLMEngine:
+    """Runs requests on an executor with in-flight batching.
+
+    Not thread-safe. The executor belongs to the caller, who closes it.
+
+    Args:
+        executor: runs the steps.
+        max_num_seqs: sequences that run at once.
+        max_num_batched_tokens: tokens of one step, prefill and decode together.
+        eos_token_ids: tokens that end a sequence unless the request ignores them.
+        vocab_size: prompt tokens must be below it.
+        seed: from it come the seeds of requests that have none.
+        clock: monotonic seconds.
+
+    Raises:
+        RequestError: a limit below 1.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        eos_token_ids: frozenset[int],
+        vocab_size: int,
+        seed: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        for name, value in (("max_num_seqs", max_num_seqs), ("max_num_batched_tokens", max_num_batched_tokens)):
+            if value < 1:
+                raise RequestError(f"{name} is {value}", "choose at least 1")
+        self._executor = executor
+        self._kv_spec = executor.kv_spec
+        self._budget = Budget(max_num_seqs, max_num_batched_tokens)
+        self._state = SchedulerState(self._kv_spec.num_blocks, self._kv_spec.block_size)
+        self._eos_token_ids = eos_token_ids
+        self._vocab_size = vocab_size
+        self._seed = seed
+        self._clock = clock
+        self._num_added = 0
+        self._stats = EngineStats()
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens, prompt + output, that one sequence may have: the least of context and KV pool.
+
+        The last token of a sequence is never computed, hence needs no place in the pool.
+        """
+        return min(self._kv_spec.max_model_len, self._kv_spec.num_blocks * self._kv_spec.block_size + 1)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._state.running or self._state.waiting)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: Iterable[int],
+        params: SamplingParams,
+        *,
+        arrival_time: float | None = None,
+    ) -> None:
+        """Queue a request. ``params.n`` is not looked at: the layer above adds n requests.
+
+        Args:
+            arrival_time: when the request was sent, in seconds of the engine's clock; None: now.
+
+        Raises:
+            RequestError: the id is in use, the prompt is empty, has tokens outside the vocabulary or is
+                too long for the context or the KV pool, or ``stop_token_ids`` are outside the vocabulary.
+        """
+        prompt = tuple(prompt_token_ids)
+        if self._state.find(request_id) is not None:
+            raise RequestError(f"request id {request_id!r} is in use", "choose another one")
+        max_total_tokens = self._check_lengths(len(prompt), params)
+        for what, token_ids in (("the prompt", prompt), ("stop_token_ids", tuple(params.stop_token_ids))):
+            for token in (min(token_ids, default=0), max(token_ids, default=0)):
+                if not 0 <= token < self._vocab_size:
+                    raise RequestError(
+                        f"{what} holds token id {token}, the vocabulary has {self._vocab_size} tokens",
+                        f"give ids from 0 to {self._vocab_size - 1}; were they made by another tokenizer?",
+                    )
+        stop_token_ids = frozenset(params.stop_token_ids)
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=prompt,
+            params=params,
+            arrival_time=self._clock() if arrival_time is None else arrival_time,
+            seed=derive_seed(self._seed, self._num_added) if params.seed is None else params.seed,
+            max_total_tokens=max_total_tokens,
+            stop_token_ids=stop_token_ids if params.ignore_eos else stop_token_ids | self._eos_token_ids,
+        )
+        self._num_added += 1
+        self._state.add(Sequence(request))
+
+    def _check_lengths(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+        """The tokens that the sequence may have at most."""
+        if not num_prompt_tokens:
+            raise RequestError("the prompt is empty", "give at least one token")
+        context = self._kv_spec.max_model_len
+        if num_prompt_tokens >= context:
+            raise RequestError(
+                f"the prompt has {num_prompt_tokens} tokens, the context holds {context} and an answer needs one",
+                "shorten the prompt or raise max_model_len",
+            )
+        pool = self._kv_spec.num_blocks * self._kv_spec.block_size
+        if num_prompt_tokens > pool:
+            raise RequestError(
+                f"the prompt has {num_prompt_tokens} tokens, the KV cache holds {pool}",
+                "shorten the prompt or raise kv_cache_memory",
+            )
+        if params.max_tokens is None:
+            return self.max_model_len
+        total = min(num_prompt_tokens + params.max_tokens, context)
+        if total > pool + 1:
+            raise RequestError(
+                f"{num_prompt_tokens} prompt tokens and max_tokens {params.max_tokens} exceed the {pool} tokens"
+                " that the KV cache holds",
+                "lower max_tokens or raise kv_cache_memory",
+            )
+        return total
+
+    def abort(self, request_id: str) -> RequestMetrics | None:
+        """End a request with finish_reason "abort". None if it is unknown or finished, which is no error."""
+        return self.finish(request_id, "abort") if self._state.find(request_id) is not None else None
+
+    def finish(self, request_id: str, reason: Literal["stop", "length", "abort"]) -> RequestMetrics:
+        """End a running request from outside: the layer that sees text found a stop string.
+
+        Raises:
+            KeyError: no such unfinished request.
+        """
+        sequence = self._state.find(request_id)
+        if sequence is None:
+            raise KeyError(request_id)
+        self._state.remove(sequence, reason)
+        return sequence.metrics()
+
+    def step(self) -> list[EngineOutput]:
+        """Run one step; the outputs are those of requests that got a token.
+
+        An exception of the executor passes through and leaves the requests as they were before.
+        """
+        if not self.has_unfinished:
+            return []
+        planned = schedule(self._state, self._budget, self._clock())
+        self._stats.preemptions += len(planned.preempted)
+        if not planned.sequences:
+            raise RuntimeError("no sequence can be scheduled: the scheduler lost KV blocks")
+        output = self._executor.collect(self._executor.submit(planned.batch))
+        now = self._clock()
+        results: list[EngineOutput] = []
+        for sequence, scheduled, sampled in zip(planned.sequences, planned.batch.sequences, output.tokens, strict=True):
+            sequence.num_computed_tokens += len(scheduled.token_ids)
+            if sampled is None:
+                continue
+            sequence.append(sampled.token_id, now)
+            result = EngineOutput(sequence.request.request_id, (sampled.token_id,), (sampled.logprobs,))
+            if self._ends(sequence, sampled.token_id):
+                result.finish_reason = sequence.finish_reason
+                result.stop_reason = sequence.stop_reason
+                result.metrics = sequence.metrics()
+            results.append(result)
+        self._account(planned, output.stats, results)
+        return results
+
+    def _ends(self, sequence: Sequence, token_id: int) -> bool:
+        """Finish the sequence if its new token is the last one."""
+        request = sequence.request
+        if token_id in request.stop_token_ids and len(sequence.output_token_ids) >= request.params.min_tokens:
+            ended_by_eos = token_id in self._eos_token_ids and not request.params.ignore_eos
+            self._state.remove(sequence, "stop", None if ended_by_eos else token_id)
+        elif len(sequence.token_ids) >= request.max_total_tokens:
+            self._state.remove(sequence, "length")
+        else:
+            return False
+        return True
+
+    def _account(self, planned: Schedule, step: StepStats, results: list[EngineOutput]) -> None:
+        stats = self._stats
+        stats.steps += 1
+        stats.output_tokens += len(results)
+        stats.seconds += step.seconds
+        stats.flops += step.flops
+        stats.bytes += step.bytes
+        decodes = True
+        for sequence in planned.sequences:
+            # A decode appended one token in this step, so anything else is a prefill or its last chunk.
+            if len(sequence.output_token_ids) == 1:
+                stats.prompt_tokens += len(sequence.request.prompt_token_ids)
+                decodes = False
+            elif not sequence.output_token_ids:
+                decodes = False
+        if decodes and planned.batch.num_tokens == len(planned.sequences):
+            stats.decode_steps += 1
+            stats.decode_tokens += len(results)
+            stats.decode_seconds += step.seconds
+            stats.decode_flops += step.flops
+            stats.decode_bytes += step.bytes
+
+    def stats(self) -> EngineStats:
+        """A copy of the totals."""
+        return replace(
+            self._stats,
+            num_running=len(self._state.running),
+            num_waiting=len(self._state.waiting),
+            num_free_blocks=self._state.blocks.num_free,
+            num_blocks=self._state.blocks.num_blocks,
+        )
+
+    def check(self) -> None:
+        """Verify the KV block books. Raises RuntimeError, for tests and for idle moments."""
+        self._state.check()
+        if not self.has_unfinished and self._state.blocks.num_free != self._state.blocks.num_blocks:
+            raise RuntimeError("KV blocks are in use while no request is")

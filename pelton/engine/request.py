@@ -1,0 +1,113 @@
+"""A request as it was asked, and the sequence of tokens that grows from it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from ..backends.base import SampleSpec
+from ..config import SamplingParams
+from ..metrics import RequestMetrics
+
+FinishReason: TypeAlias = Literal["stop", "length", "abort"]
+
+
+class Status(enum.Enum):
+    """Where a sequence is. Only a RUNNING one holds blocks."""
+
+    WAITING = "WAITING"  # never scheduled
+    RUNNING = "RUNNING"
+    PREEMPTED = "PREEMPTED"  # gave its blocks back; its tokens are computed again later
+    FINISHED = "FINISHED"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked. ``seed`` is resolved: two equal requests with equal seeds draw equal tokens."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    arrival_time: float  # seconds
+    seed: int
+    max_total_tokens: int  # prompt + output: the least of max_tokens, the context and the KV pool
+    stop_token_ids: frozenset[int]  # end the sequence; end-of-sequence ids included unless ignored
+
+
+class Sequence:
+    """The state of one request. The scheduler moves ``status``, blocks and num_computed_tokens.
+
+    ``token_ids`` is prompt + output. Of these, positions [0, num_computed_tokens) have their keys and
+    values in the blocks ``block_ids``; the rest is to be computed. A sequence decodes when exactly
+    one token, the last sampled one, is left to compute.
+    """
+
+    __slots__ = (
+        "block_ids",
+        "finish_reason",
+        "first_scheduled_time",
+        "num_computed_tokens",
+        "num_preemptions",
+        "output_token_ids",
+        "request",
+        "sample_spec",
+        "status",
+        "stop_reason",
+        "token_ids",
+        "token_times",
+    )
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.status = Status.WAITING
+        self.token_ids: list[int] = list(request.prompt_token_ids)
+        self.output_token_ids: list[int] = []
+        self.num_computed_tokens = 0
+        self.block_ids: tuple[int, ...] = ()
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | None = None
+        self.first_scheduled_time: float | None = None
+        self.token_times: list[float] = []
+        self.num_preemptions = 0
+        # One spec serves every step: it holds the output list itself, which grows only after a step
+        # has been collected. Building it anew would be a quarter of the scheduler's time.
+        self.sample_spec = SampleSpec(
+            params=request.params,
+            prompt_token_ids=request.prompt_token_ids,
+            output_token_ids=self.output_token_ids,
+            seed=request.seed,
+            stop_token_ids=request.stop_token_ids,
+        )
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    def append(self, token_id: int, now: float) -> None:
+        """Take a sampled token, at ``now`` seconds."""
+        self.token_ids.append(token_id)
+        self.output_token_ids.append(token_id)
+        self.token_times.append(now)
+
+    def metrics(self) -> RequestMetrics:
+        return RequestMetrics(
+            arrival_time=self.request.arrival_time,
+            first_scheduled_time=self.first_scheduled_time,
+            token_times=tuple(self.token_times),
+            num_prompt_tokens=len(self.request.prompt_token_ids),
+            num_preemptions=self.num_preemptions,
+        )
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """An independent 64-bit seed for the ``index``-th thing under ``seed`` (SplitMix64's finalizer)."""
+    mask = 2**64 - 1
+    z = (seed + 0x9E3779B97F4A7C15 * (index + 1)) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)

@@ -1,0 +1,192 @@
+"""An executor without a model that checks what the engine tells it.
+
+Instead of keys and values, a slot of its KV cache holds a hash of all tokens up to that position, which
+is what real keys and values depend on. A step reads the hash of the position before its first token from the
+block that the engine named, so a wrong block, a stale one, or one that another sequence has overwritten
+changes the answer, and, with ``verify``, fails at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from pelton.backends.base import (
+    Batch,
+    KVSpec,
+    SampledToken,
+    Sampler,
+    SampleSpec,
+    ScheduledSequence,
+    StepOutput,
+    StepStats,
+)
+
+ROOT = 0x9E3779B97F4A7C15
+
+
+def extend(prefix_hash: int, token_id: int) -> int:
+    """The hash of a token sequence that goes on with ``token_id``."""
+    z = (prefix_hash ^ (token_id + 1)) * 0xBF58476D1CE4E5B9 % 2**64
+    return (z ^ (z >> 29)) * 0x94D049BB133111EB % 2**64
+
+
+def next_token(history_hash: int, vocab_size: int) -> int:
+    return (history_hash >> 32) % vocab_size
+
+
+def fake_logits(history_hash: int, vocab_size: int) -> np.ndarray:
+    """Logits as a function of the history, for tests with a real sampler."""
+    return np.random.Generator(np.random.Philox(key=history_hash)).standard_normal(vocab_size, dtype=np.float32) * 3
+
+
+def greedy_continuation(prompt: list[int], vocab_size: int, count: int) -> list[int]:
+    """What a request alone must answer: the oracle, which knows neither blocks nor batches."""
+    h = ROOT
+    for token in prompt:
+        h = extend(h, token)
+    out: list[int] = []
+    for _ in range(count):
+        out.append(next_token(h, vocab_size))
+        h = extend(h, out[-1])
+    return out
+
+
+class FakeExecutor:
+    """Implements ``pelton.backends.base.Executor``.
+
+    Args:
+        sampler: called with ``fake_logits``; None: the next token is ``next_token`` of the history.
+        answer: overrides the next token, given the spec; for tests that want certain words.
+        verify: check every position of every sequence in every step, at Python's speed.
+        stats: what each step reports; None: nothing but the seconds it took.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_model_len: int = 128,
+        vocab_size: int = 50,
+        sampler: Sampler | None = None,
+        answer: Callable[[SampleSpec], int] | None = None,
+        verify: bool = True,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        stats: StepStats | None = None,
+    ) -> None:
+        self.kv_spec = KVSpec(num_blocks, block_size, bytes_per_block=1, max_model_len=max_model_len)
+        self.vocab_size = vocab_size
+        self.sampler = sampler
+        self.answer = answer
+        self.verify = verify
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.stats = stats
+        self.batches: list[Batch] = []
+        self.seconds = 0.0  # spent in here, to be taken off when the engine is measured
+        self.closed = False
+        self.fail_with: BaseException | None = None  # raised once by the next submit
+        self._slots = [[None] * block_size for _ in range(num_blocks)]  # type: list[list[int | None]]
+        self._told: dict[str, list[int]] = {}  # request id -> the tokens it consists of
+        self._results: dict[int, StepOutput] = {}
+        self._ticket = 0
+
+    def submit(self, batch: Batch) -> int:
+        start = time.perf_counter()
+        assert not self.closed
+        if self.fail_with is not None:
+            error, self.fail_with = self.fail_with, None
+            raise error
+        if self.verify:
+            self._verify_limits(batch)
+            self.batches.append(batch)
+        hashes = [self._compute(sequence) for sequence in batch.sequences]
+        tokens = self._sample(batch, hashes)
+        self._ticket += 1
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        self._results[self._ticket] = StepOutput(tokens, self.stats or StepStats(seconds=seconds))
+        return self._ticket
+
+    def collect(self, ticket: int) -> StepOutput:
+        assert ticket == min(self._results), "tickets are collected in the order of submission"
+        return self._results.pop(ticket)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _verify_limits(self, batch: Batch) -> None:
+        assert batch.sequences, "an empty batch was submitted"
+        ids = [sequence.request_id for sequence in batch.sequences]
+        assert len(set(ids)) == len(ids), "a sequence is scheduled twice in one step"
+        if self.max_num_seqs is not None:
+            assert len(ids) <= self.max_num_seqs
+        if self.max_num_batched_tokens is not None:
+            assert batch.num_tokens <= self.max_num_batched_tokens
+        # Blocks that a step writes belong to one sequence; others may be shared for reading.
+        holders: dict[int, str] = {}
+        written: dict[int, str] = {}
+        for sequence in batch.sequences:
+            first = sequence.num_computed_tokens // self.kv_spec.block_size
+            for index, block in enumerate(sequence.block_ids):
+                assert 0 <= block < self.kv_spec.num_blocks
+                assert block not in written, f"{sequence.request_id} holds a block that {written[block]} writes"
+                if index >= first:
+                    assert block not in holders, f"{sequence.request_id} writes a block of {holders[block]}"
+                    written[block] = sequence.request_id
+                holders[block] = sequence.request_id
+
+    def _compute(self, sequence: ScheduledSequence) -> int:
+        block_size = self.kv_spec.block_size
+        start = sequence.num_computed_tokens
+        end = start + len(sequence.token_ids)
+        if self.verify:
+            assert sequence.token_ids, f"{sequence.request_id} is scheduled without tokens"
+            assert end <= self.kv_spec.max_model_len
+            assert len(sequence.block_ids) == -(-end // block_size), "block_ids does not just cover the tokens"
+            self._verify_history(sequence)
+        if start:
+            found = self._slots[sequence.block_ids[(start - 1) // block_size]][(start - 1) % block_size]
+            assert found is not None, f"{sequence.request_id} reads a slot that was never written"
+            h = found
+        else:
+            h = ROOT
+        for position, token in enumerate(sequence.token_ids, start):
+            h = extend(h, token)
+            self._slots[sequence.block_ids[position // block_size]][position % block_size] = h
+        return h
+
+    def _verify_history(self, sequence: ScheduledSequence) -> None:
+        start, block_size = sequence.num_computed_tokens, self.kv_spec.block_size
+        told = self._told.setdefault(sequence.request_id, [])
+        known = told[start : start + len(sequence.token_ids)]
+        assert list(sequence.token_ids[: len(known)]) == known, "a recomputed token differs from the first time"
+        assert start <= len(told), f"{sequence.request_id} skips positions {len(told)} to {start}"
+        told[start : start + len(sequence.token_ids)] = sequence.token_ids
+        h = ROOT
+        for position in range(start):
+            h = extend(h, told[position])
+            slot = self._slots[sequence.block_ids[position // block_size]][position % block_size]
+            assert slot == h, f"the KV of {sequence.request_id} at position {position} is another one's"
+        if sequence.sample is not None:
+            history = [*sequence.sample.prompt_token_ids, *sequence.sample.output_token_ids]
+            end = start + len(sequence.token_ids)
+            assert history == told[:end], "sampled before the end of the tokens"
+
+    def _sample(self, batch: Batch, hashes: list[int]) -> tuple[SampledToken | None, ...]:
+        tokens: list[SampledToken | None] = [None] * len(hashes)
+        rows = [i for i, sequence in enumerate(batch.sequences) if sequence.sample is not None]
+        specs = [spec for sequence in batch.sequences if (spec := sequence.sample) is not None]
+        if self.sampler is not None and self.answer is None:
+            logits = np.stack([fake_logits(hashes[i], self.vocab_size) for i in rows]) if rows else None
+            for i, token in zip(rows, self.sampler(logits, specs) if logits is not None else (), strict=True):
+                tokens[i] = token
+            return tuple(tokens)
+        for i, spec in zip(rows, specs, strict=True):
+            token_id = next_token(hashes[i], self.vocab_size) if self.answer is None else self.answer(spec)
+            tokens[i] = SampledToken(token_id)
+        return tuple(tokens)
