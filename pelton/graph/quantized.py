@@ -42,7 +42,7 @@ class QuantizedArray:
         return rows, cols
 
     @property
-    def scale_dtype(self) -> type[np.floating[Any]]:
+    def scale_dtype(self) -> Any:
         """NumPy's type for scales and minima."""
         return np.float16 if self.type.scale == F16 else np.float32
 

@@ -78,7 +78,7 @@ def test_logits_do_not_depend_on_company_chunking_or_threads(family: str, backen
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_weights_stay_close_to_f32_arithmetic_on_the_same_weights(family: str, backend: str) -> None:
     """bf16 activations at products and a bf16 cache cost no more than bf16's own precision."""
-    folder, model = tiny_checkpoint(family, "bfloat16")
+    folder, _ = tiny_checkpoint(family, "bfloat16")
     built = load(folder, backend)
     oracle = load(folder, "reference", kv_cache_dtype="f32", dtype="f32")
     text = [int(t) for t in np.random.default_rng(3).integers(3, 101, 60)]
