@@ -4,36 +4,49 @@ from __future__ import annotations
 
 import time
 
+import click
+
 from . import options
 
 
-def build(
-    model: options.Model = "",
-    dtype: options.Dtype = "auto",
-    threads: options.Threads = None,
-    isa: options.Isa = None,
-) -> None:
+@click.command()
+@options.model
+@options.dtype
+@options.isa
+@options.threads
+def build(model: str, dtype: str, isa: str | None, threads: int | None) -> None:
     """Pack a model's weights for this machine now, so that the next start is instant.
 
-    The same happens by itself at the first run. The packed weights lie under PELTON_CACHE
-    (default ~/.cache/pelton) and are found by the content of the checkpoint.
+    The same happens by itself at the first run. Packed weights lie under PELTON_CACHE (default
+    ~/.cache/pelton) and are found by the content of the checkpoint: a model that was moved or copied is
+    not packed again.
+
+    \b
+    Examples:
+      pelton build
+      pelton build meta-llama/Llama-3.2-1B --dtype bf16
     """
     from ..build import build as build_model
     from ..config import EngineConfig
     from ..ledger import human
     from ..paths import cache_dir
-    from .console import stderr, stdout
     from .progress import packing_progress
 
     start = time.perf_counter()
-    with packing_progress(stderr()) as progress:
-        built = build_model(
-            EngineConfig(model=model, dtype=dtype, threads=threads, isa=isa),  # type: ignore[arg-type]
-            progress,
-        )
+    packed = False
+
+    with packing_progress() as progress:
+
+        def note(done: int, total: int) -> None:
+            nonlocal packed
+            packed = True
+            progress(done, total)
+
+        # One sequence: how many run later changes no weight, and less memory is asked for.
+        config = EngineConfig(model=model, dtype=dtype, threads=threads, isa=isa, max_num_seqs=1)  # type: ignore[arg-type]
+        built = build_model(config, note)
     ledger = built.plan.ledger
     built.close()
-    size = human(ledger.weights + ledger.mapped)
-    stdout().print(
-        f"{size} of packed weights in {cache_dir() / 'packed'}, ready in {time.perf_counter() - start:.1f} s"
-    )
+    size, took = human(ledger.weights + ledger.mapped), time.perf_counter() - start
+    where = cache_dir() / "packed"
+    click.echo(f"{size} packed in {took:.1f} s, kept in {where}" if packed else f"{size} were packed already: {where}")

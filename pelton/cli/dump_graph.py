@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
-
-import typer
+import click
 
 from . import options
 
-_STAGES = "trace, one of the passes, or program"
 
-
-def dump_graph(
-    model: options.Model = "",
-    after: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help=f"Stop after this stage: {_STAGES}. Default: after the last pass.", show_default=False),
-    ] = None,
-    max_num_seqs: options.MaxNumSeqs = 64,
-) -> None:
+@click.command()
+@options.model
+@click.option("--after", metavar="STAGE", help="Stop after this stage. Default: after the last pass.")
+@options.max_num_seqs
+@options.dtype
+@options.kv_cache_dtype
+def dump_graph(model: str, after: str | None, max_num_seqs: int, dtype: str, kv_cache_dtype: str) -> None:
     """Print a model's graph as text: one operation per line, with types. It parses back.
 
-    The stages, in order: trace (as recorded, with the checkpoint's types), last_token_logits,
-    merge_linears, fuse_add_norm, fuse_rope_kv_write, simplify, and program (the kernel calls).
+    \b
+    Stages, in order:
+      trace                as the model file records it, with the checkpoint's types
+      last_token_logits    logits only where a token is sampled
+      merge_linears        q, k, v and gate, up as one product each
+      fuse_add_norm        residual addition and norm in one call
+      fuse_rope_kv_write   rotary embedding and cache write in one call
+      simplify             leftovers removed
+      program              kernel calls, buffers and the arena
 
+    \b
     Examples:
-
       pelton dump-graph --after trace
-
       pelton dump-graph model.gguf --after program
     """
     from ..build import bound_graph, plan
@@ -38,12 +39,12 @@ def dump_graph(
     from ..passes import PIPELINE, run_passes
     from ..program import print_program
 
-    config = EngineConfig(model=model, max_num_seqs=max_num_seqs)
-    names = [p.name for p in PIPELINE]
-    if after not in (None, "trace", "program", *names):
-        raise PeltonError(f"no stage {after!r}", f"choose one of trace, {', '.join(names)}, program")
+    config = EngineConfig(model=model, max_num_seqs=max_num_seqs, dtype=dtype, kv_cache_dtype=kv_cache_dtype)  # type: ignore[arg-type]
+    stages = ["trace", *(p.name for p in PIPELINE), "program"]
+    if after is not None and after not in stages:
+        raise PeltonError(f"there is no stage {after!r}", f"choose one of {', '.join(stages)}")
     if after == "program":
-        typer.echo(print_program(plan(config).program), nl=False)
+        click.echo(print_program(plan(config).program), nl=False)
         return
     graph = bound_graph(config, open_checkpoint(resolve_model(model)))
-    typer.echo(print_graph(graph if after == "trace" else run_passes(graph, after=after)), nl=False)
+    click.echo(print_graph(graph if after == "trace" else run_passes(graph, after=after)), nl=False)

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
 
 from . import options
 
 
+@click.command()
+@options.model
+@options.max_model_len
+@options.max_num_seqs
+@options.dtype
+@options.kv_cache_dtype
+@options.as_json
 def inspect(
-    model: options.Model = "",
-    max_model_len: options.MaxModelLen = None,
-    max_num_seqs: options.MaxNumSeqs = 64,
-    dtype: options.Dtype = "auto",
-    kv_cache_dtype: options.KVCacheDtype = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    model: str, max_model_len: int | None, max_num_seqs: int, dtype: str, kv_cache_dtype: str, as_json: bool
 ) -> None:
-    """Show config, parameters by type, and the memory ledger for a context length and batch.
+    """Show a model's config, its parameters by type, and the memory it would need.
 
-    Nothing is loaded: headers are read, the graph is traced, sizes are computed.
+    Nothing is loaded: headers are read, the graph is traced, sizes are computed. The exit code is 2 if
+    the model would not fit into the memory that is free now.
 
+    \b
     Examples:
-
       pelton inspect
-
       pelton inspect meta-llama/Llama-3.2-1B --max-model-len 8192 --max-num-seqs 16
+      pelton inspect model.gguf --json
     """
     from ..build import plan, trained_context
     from ..config import EngineConfig
@@ -61,38 +64,31 @@ def inspect(
         "kv_cache_types": dict(caches),
         "trained_context": trained_context(planned.checkpoint.config),
         "max_model_len": planned.kv_spec.max_model_len,
+        "max_num_seqs": max_num_seqs,
         "ledger": {name: size for name, size, _ in ledger.rows()},
         "available": planned.available,
         "fits": ledger.total <= planned.available,
     }
     if as_json:
-        print(json.dumps(result, indent=2))
-        return
-    _print(result, ledger.rows())
+        click.echo(json.dumps(result, indent=2))
+    else:
+        _print(result, ledger.rows())
     planned.check_memory()
 
 
 def _print(result: dict[str, Any], ledger: list[tuple[str, int, str]]) -> None:
-    from rich.table import Table
-
     from ..ledger import human
-    from .console import stdout
+    from .tables import print_table
 
-    console = stdout()
-    console.print(f"[bold]{result['architecture']}[/]  {result['path']}  ({result['format']})\n")
-    config = Table(title="config", title_justify="left", show_header=False, box=None)
-    for name, value in result["config"].items():
-        config.add_row(name, str(value))
-    weights = Table("type", "parameters", "stored", title="\nparameters", title_justify="left", box=None)
-    for kind, count in result["parameters"].items():
-        weights.add_row(kind, f"{count:,}", human(result["stored_bytes"][kind]))
-    weights.add_row("in all", f"{sum(result['parameters'].values()):,}", human(sum(result["stored_bytes"].values())))
-    title = f"\nmemory for contexts of {result['max_model_len']:,} tokens"
-    memory = Table("purpose", "bytes", "", title=title, title_justify="left", box=None)
-    for name, size, remark in ledger:
-        memory.add_row(name, human(size), remark, style="bold" if name == "total" else None)
-    memory.add_row("free now", human(result["available"]), "it fits" if result["fits"] else "[red]it does not fit[/]")
-    for table in (config, weights, memory):
-        for column in table.columns[1:2]:
-            column.justify = "right" if table is not config else "left"
-        console.print(table)
+    print_table(f"{result['architecture']} ({result['format']})", [(result["path"],)])
+    print_table("config", [(name, str(value)) for name, value in result["config"].items()])
+    counts, sizes = result["parameters"], result["stored_bytes"]
+    rows = [(kind, f"{counts[kind]:,}", human(sizes[kind])) for kind in counts]
+    total = ("in all", f"{sum(counts.values()):,}", human(sum(sizes.values())))
+    print_table("parameters", [("type", "number", "stored"), *rows, total], "lrr")
+    caches = [(kind, f"{layers} layers") for kind, layers in result["kv_cache_types"].items()]
+    print_table("KV cache", caches)
+    memory = [(name, human(size), remark) for name, size, remark in ledger]
+    memory.append(("free now", human(result["available"]), "it fits" if result["fits"] else "it does not fit"))
+    title = f"memory for contexts of {result['max_model_len']:,} tokens, {result['max_num_seqs']} sequences at once"
+    print_table(title, memory, "lrl")

@@ -1,23 +1,23 @@
 """``pelton VERB ...``: one file per verb, imported only when its verb is asked for.
 
-To add a verb: write ``cli/<verb>.py`` with a function whose signature is the command line (typer) and
-whose docstring is the help, import heavy things inside it, and add a line to ``VERBS``.
+To add a verb: write ``cli/<verb>.py`` with a click command whose docstring is the help, import heavy things
+inside it, and add a line to ``VERBS``.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
 
 from ..errors import PeltonError
 
-#: verb -> module and function, in the order of the help
+#: verb -> module and command, in the order of the help
 VERBS = {
     "run": "pelton.cli.run:run",
     "generate": "pelton.cli.generate:generate",
@@ -28,73 +28,89 @@ VERBS = {
 }
 
 
-def main() -> None:
-    """The console script. Exit codes: 0, 2 for a user error, 130 after Ctrl-C."""
-    arguments = sys.argv[1:]
-    verb = arguments[0] if arguments and arguments[0] in VERBS else None
+class Verbs(click.Group):
+    """The verbs, imported when asked for, with every user error turned into one line and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        module, command = VERBS[name].split(":")
+        found: click.Command = getattr(import_module(module), command)
+        return found
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        with one_line_errors():
+            return super().main(*args, **{**settings, "standalone_mode": False})
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with one_line_errors():  # here as well: click's main() would make its own thing of Ctrl-C and of pipes
+            return super().invoke(ctx)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Exit codes: 2 for a user error, 130 after Ctrl-C, 141 if the reader of a pipe left."""
     try:
-        make_app(verb)()
-    except KeyboardInterrupt:  # while modules were still loading
-        sys.exit(130)
+        yield
+    except PeltonError as error:
+        print_error(str(error))
+        raise SystemExit(2) from None
+    except click.UsageError as error:
+        verb = error.ctx.command_path if error.ctx is not None else "pelton"
+        print_error(f"{' '.join(error.format_message().split()).rstrip('.')}; see {verb} --help")
+        raise SystemExit(2) from None
+    except click.ClickException as error:
+        print_error(" ".join(error.format_message().split()))
+        raise SystemExit(2) from None
+    except (KeyboardInterrupt, click.Abort):
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader left (as `head` does). Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(141) from None
 
 
-def make_app(verb: str | None = None) -> typer.Typer:
-    """The application with one verb, or with all of them, which the help needs."""
-    app = typer.Typer(
-        name="pelton",
-        no_args_is_help=True,
-        add_completion=False,
-        rich_markup_mode=None,  # plain help: importing rich would double the time to the first line
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
-    app.callback()(_pelton)
-    for name in VERBS if verb is None else (verb,):
-        module, function = VERBS[name].split(":")
-        app.command(name)(guarded(getattr(import_module(module), function)))
-    return app
+def print_error(text: str) -> None:
+    """One line on stderr, the word in red on a terminal."""
+    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    print("\x1b[31merror:\x1b[0m" if colour else "error:", text, file=sys.stderr)
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
         from .. import __version__
 
-        typer.echo(__version__)
-        raise typer.Exit
+        click.echo(__version__)
+        ctx.exit()
 
 
-def _pelton(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_print_version)
-    ] = False,
-) -> None:
-    """LLM inference that gets the most out of the hardware you have, and proves it with numbers."""
+@click.group(
+    cls=Verbs,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+)
+@click.option("--version", is_flag=True, is_eager=True, callback=_print_version, help="Print the version and leave.")
+@click.pass_context
+def pelton(ctx: click.Context, version: bool) -> None:
+    """LLM inference that gets the most out of the hardware you have, and proves it with numbers.
+
+    \b
+    Examples:
+      pelton run                      chat with the demo model
+      pelton run org/name -p "Hi"     one answer of a model from the Hugging Face hub
+      pelton doctor                   what this machine can do
+      pelton VERB --help              more examples, and every option
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
-def guarded(function: Callable[..., None]) -> Callable[..., None]:
-    """The verb with its errors turned into one line and an exit code."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except PeltonError as error:
-            print_error(error)
-            raise SystemExit(2) from None
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None
-        except BrokenPipeError:
-            # The reader left (as `head` does). Python would complain again when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            raise SystemExit(141) from None
-
-    return call
-
-
-def print_error(error: PeltonError) -> None:
-    """One line on stderr, the word in red on a terminal."""
-    colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    print("\x1b[31merror:\x1b[0m" if colour else "error:", error, file=sys.stderr)
+def main() -> None:
+    """The console script."""
+    pelton(prog_name="pelton")
 
 
 if __name__ == "__main__":

@@ -2,30 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Any
 
-import typer
+import click
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="[MODEL]",
-        help="A Hugging Face folder, a .gguf file or a hub id (org/name). Nothing: the demo model, if installed.",
-        show_default=False,
-    ),
-]
-MaxModelLen = Annotated[
-    Optional[int],  # noqa: UP045 (typer reads the annotation on Python 3.10)
-    typer.Option(help="Longest prompt plus answer, in tokens. Default: what the model and memory allow."),
-]
-MaxNumSeqs = Annotated[int, typer.Option(help="Sequences that run together in one step.")]
-Threads = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option(help="CPU threads. Default: the cores this process may use."),
-]
-Isa = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="Instruction set: generic, avx2, avx512, avx512_bf16. Default: PELTON_CPU_ISA, else the best."),
-]
-Dtype = Annotated[str, typer.Option(help="Type of weights that are not quantized: auto, f32 or bf16.")]
-KVCacheDtype = Annotated[str, typer.Option(help="Type of the KV cache: auto, f32 or bf16.")]
+
+class _Described(click.Argument):
+    """An argument that the help lists with the options; click itself leaves arguments to the prose."""
+
+    def __init__(self, *names: str, help: str, **settings: Any) -> None:
+        super().__init__(*names, **settings)
+        self.help = help
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        return self.make_metavar(ctx), self.help
+
+
+model = click.argument(
+    "model",
+    default="",
+    metavar="[MODEL]",
+    cls=_Described,
+    help="A Hugging Face folder, a .gguf file or a hub id (org/name). Nothing: the demo model, if installed.",
+)
+max_model_len = click.option(
+    "--max-model-len",
+    type=int,
+    metavar="TOKENS",
+    help="Longest prompt plus answer. Default: what the model was trained for and memory allows.",
+)
+max_num_seqs = click.option(
+    "--max-num-seqs", type=int, default=64, metavar="N", help="Sequences that run together in one step."
+)
+threads = click.option(
+    "--threads", type=int, metavar="N", help="CPU threads. Default: the cores this process may use."
+)
+isa = click.option(
+    "--isa",
+    metavar="ISA",
+    help="Instruction set of the kernels: generic, avx2, avx512, avx512_bf16. "
+    "Default: PELTON_CPU_ISA, else the best one this machine has.",
+)
+dtype = click.option(
+    "--dtype",
+    type=click.Choice(["auto", "f32", "bf16"]),
+    default="auto",
+    help="Type of weights that are not quantized; auto: as stored.",
+)
+kv_cache_dtype = click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(["auto", "f32", "bf16"]),
+    default="auto",
+    help="Type of the KV cache; auto: f32 if the whole model is f32, else bf16.",
+)
+device = click.option(
+    "--device",
+    type=click.Choice(["cpu", "reference"]),
+    default="cpu",
+    help="cpu, or the slow interpreter that everything is checked against.",
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")

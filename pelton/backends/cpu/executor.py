@@ -89,7 +89,7 @@ class CpuExecutor:
         self._sampler = sampler
         self._tickets: dict[int, StepOutput] = {}
         self._next_ticket = 0
-        self._native: Any = _native.Executor(isa, threads, max(program.arena_bytes, 64))
+        self._native = _native.Executor(isa, threads, max(program.arena_bytes, 64))
         for data in self._pack(read, content_key, on_packed):
             self._native.add_constant(data)
         for cache in program.caches:

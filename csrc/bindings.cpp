@@ -1,0 +1,160 @@
+// pelton.backends.cpu._native: the only file that knows Python.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "cpu/executor.h"
+#include "cpu/features.h"
+#include "cpu/ops/attention/contract.h"
+#include "cpu/peaks.h"
+#include "cpu/registry.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace pelton::cpu {
+namespace {
+
+using Bytes = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Indices = nb::ndarray<nb::numpy, const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Rows = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+using Dims = std::tuple<int64_t, int64_t, int64_t>;
+
+// The executor and what must live as long as it.
+class PyExecutor {
+public:
+    PyExecutor(const std::string& isa, int threads, int64_t arena_bytes)
+        : executor_(std::make_unique<Executor>(isa, threads, arena_bytes)) {}
+
+    int add_constant(Bytes data) {
+        int index = get().add_constant(reinterpret_cast<const char*>(data.data()), static_cast<int64_t>(data.size()));
+        constants_.push_back(std::move(data));
+        return index;
+    }
+
+    int add_cache(int64_t bytes) { return get().add_cache(bytes); }
+
+    void add_call(const std::string& kernel, const std::vector<std::tuple<std::string, int64_t, int64_t>>& operands,
+                  const std::vector<int64_t>& ints, const std::vector<double>& floats) {
+        std::vector<OperandRef> refs;
+        for (const auto& [space, index, offset] : operands) refs.push_back({space, index, offset});
+        get().add_call(kernel, refs, ints, floats);
+    }
+
+    double run(const Dims& dims, const std::vector<Indices>& inputs) { return run_step(dims, inputs, nullptr); }
+
+    std::vector<double> run_profiled(const Dims& dims, const std::vector<Indices>& inputs) {
+        std::vector<double> seconds;
+        run_step(dims, inputs, &seconds);
+        return seconds;
+    }
+
+    // A view; the arena lives as long as the last view of it.
+    Rows arena(int64_t offset, int64_t rows, int64_t cols, int64_t ld) {
+        std::shared_ptr<Mapping> arena = get().arena();
+        const bool sane = offset >= 0 && offset % 4 == 0 && rows >= 0 && cols >= 0 && ld >= cols &&
+                          offset <= arena->size() && cols <= arena->size() && ld <= arena->size() &&
+                          (rows == 0 || rows - 1 <= arena->size() / (4 * std::max<int64_t>(ld, 1)));
+        if (!sane || (rows > 0 && offset + ((rows - 1) * ld + cols) * 4 > arena->size())) {
+            throw std::invalid_argument("the view leaves the arena of " + std::to_string(arena->size()) + " bytes");
+        }
+        auto* keeper = new std::shared_ptr<Mapping>(arena);
+        nb::capsule owner(keeper, [](void* p) noexcept { delete static_cast<std::shared_ptr<Mapping>*>(p); });
+        const size_t shape[2] = {static_cast<size_t>(rows), static_cast<size_t>(cols)};
+        const int64_t strides[2] = {ld, 1};
+        return Rows(reinterpret_cast<float*>(arena->data() + offset), 2, shape, owner, strides);
+    }
+
+    void close() {
+        executor_.reset();
+        constants_.clear();
+    }
+
+private:
+    Executor& get() {
+        if (!executor_) throw std::runtime_error("the executor is closed");
+        return *executor_;
+    }
+
+    double run_step(const Dims& dims, const std::vector<Indices>& inputs, std::vector<double>* per_call) {
+        Executor& executor = get();
+        const int64_t sizes[3] = {std::get<0>(dims), std::get<1>(dims), std::get<2>(dims)};
+        std::vector<StepInput> arrays;
+        arrays.reserve(inputs.size());
+        for (const Indices& input : inputs) arrays.push_back({input.data(), static_cast<int64_t>(input.size())});
+        nb::gil_scoped_release release;
+        return executor.run(sizes, arrays, per_call);
+    }
+
+    std::unique_ptr<Executor> executor_;
+    std::vector<Bytes> constants_;
+};
+
+nb::dict cpu_features() {
+    const Features features = detect_features();
+    nb::dict flags, result;
+    for (const auto& [name, present] : features.flags) flags[name.c_str()] = present;
+    result["vendor"] = features.vendor;
+    result["model_name"] = features.model;
+    result["flags"] = flags;
+    result["l1_bytes"] = features.l1_bytes;
+    result["l2_bytes"] = features.l2_bytes;
+    result["l3_bytes"] = features.l3_bytes;
+    return result;
+}
+
+nb::dict kernels(const std::string& isa) {
+    nb::dict result;
+    for (const std::string& name : kernel_names()) {
+        std::string tier;
+        if (find_kernel(isa, name, &tier)) result[name.c_str()] = tier;
+    }
+    return result;
+}
+
+nb::dict peaks(const std::string& isa, int threads, double seconds) {
+    std::vector<std::pair<std::string, double>> values;
+    {
+        nb::gil_scoped_release release;
+        values = measure_peaks(isa, threads, seconds);
+    }
+    nb::dict result;
+    for (const auto& [name, value] : values) result[name.c_str()] = value;
+    return result;
+}
+
+int64_t cache_bytes(int64_t kv_heads, int64_t head_dim, int64_t block_size, int64_t num_blocks, int64_t format) {
+    const char* error = check_cache(kv_heads, head_dim, block_size, num_blocks, format);
+    if (error) throw std::invalid_argument(error);
+    return cache_layout(kv_heads, head_dim, block_size, format).block_bytes * num_blocks;
+}
+
+}  // namespace
+}  // namespace pelton::cpu
+
+NB_MODULE(_native, m) {
+    using namespace pelton::cpu;
+    m.doc() = "Native CPU kernels and the executor that runs them.";
+    m.def("supported_isas", &supported_isas, "ISA tiers this machine can run, best last.");
+    m.def("cpu_features", &cpu_features, "Vendor, model, flags and cache sizes of the processor.");
+    m.def("kernels", &kernels, "isa"_a, "Kernel name -> tier of the implementation that this tier uses.");
+    m.def("measure_peaks", &peaks, "isa"_a, "threads"_a, "seconds"_a = 0.3,
+          "Bytes/s of DRAM and last-level cache reads, operations/s per precision; the best of several tries.");
+    m.def("cache_bytes", &cache_bytes, "kv_heads"_a, "head_dim"_a, "block_size"_a, "num_blocks"_a, "format"_a,
+          "Size of the KV cache of one layer; format 0 is f32, 1 is bf16.");
+    nb::class_<PyExecutor>(m, "Executor", "A flat list of kernel calls and the threads that walk it.")
+        .def(nb::init<const std::string&, int, int64_t>(), "isa"_a, "threads"_a, "arena_bytes"_a)
+        .def("add_constant", &PyExecutor::add_constant, "data"_a, "Keeps a reference, does not copy.")
+        .def("add_cache", &PyExecutor::add_cache, "num_bytes"_a, "Zeroed memory that costs nothing until touched.")
+        .def("add_call", &PyExecutor::add_call, "kernel"_a, "operands"_a, "ints"_a, "floats"_a,
+             "Operands are (space, index, byte_offset); ValueError with the contract's text if they do not fit.")
+        .def("run", &PyExecutor::run, "dims"_a, "inputs"_a, "Runs one step with dims (T, S, N); returns seconds.")
+        .def("run_profiled", &PyExecutor::run_profiled, "dims"_a, "inputs"_a, "Like run; returns seconds per call.")
+        .def("arena", &PyExecutor::arena, "offset"_a, "rows"_a, "cols"_a, "ld"_a, "A float32 view of the arena.")
+        .def("close", &PyExecutor::close, "Ends the threads and releases the memory. Idempotent.");
+}

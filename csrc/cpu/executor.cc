@@ -1,0 +1,235 @@
+#include "cpu/executor.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+#include "cpu/registry.h"
+
+namespace pelton::cpu {
+namespace {
+
+double seconds_now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+constexpr int kMaxThreads = 1024;  // far above any machine; guards against a negative or wild number
+
+}  // namespace
+
+Mapping::Mapping(int64_t bytes) : bytes_(bytes) {
+    if (bytes == 0) return;
+    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    madvise(p, bytes, MADV_HUGEPAGE);  // fewer TLB misses; a refusal does no harm
+    data_ = static_cast<char*>(p);
+}
+
+Mapping::~Mapping() {
+    if (data_) munmap(data_, bytes_);
+}
+
+Executor::Executor(const std::string& isa, int threads, int64_t arena_bytes)
+    : isa_((require_isa(isa), isa)),
+      pool_(threads < 1 || threads > kMaxThreads ? throw std::invalid_argument("threads must be 1 to 1024") : threads) {
+    if (arena_bytes < 0) throw std::invalid_argument("arena_bytes must not be negative");
+    arena_ = std::make_shared<Mapping>(arena_bytes);
+}
+
+Executor::~Executor() = default;
+
+int Executor::add_constant(const char* data, int64_t bytes) {
+    constants_.push_back({const_cast<char*>(data), bytes});  // kernels only read constants
+    return static_cast<int>(constants_.size()) - 1;
+}
+
+int Executor::add_cache(int64_t bytes) {
+    if (bytes < 0) throw std::invalid_argument("a cache must not have a negative size");
+    caches_.push_back(std::make_unique<Mapping>(bytes));
+    return static_cast<int>(caches_.size()) - 1;
+}
+
+void Executor::reject(const Contract& contract, const std::string& why) const {
+    throw std::invalid_argument(std::string(contract.name) + ": " + why + "; contract: " + contract.text);
+}
+
+void Executor::add_call(const std::string& kernel, const std::vector<OperandRef>& operands,
+                        const std::vector<int64_t>& ints, const std::vector<double>& floats) {
+    std::lock_guard<std::mutex> lock(running_);
+    const Contract* contract = find_contract(kernel);
+    if (!contract) throw std::invalid_argument("unknown kernel '" + kernel + "'");
+    const size_t want = std::strlen(contract->operands);
+    if (operands.size() != want) {
+        reject(*contract, std::to_string(operands.size()) + " operands, not " + std::to_string(want));
+    }
+    if (ints.size() != static_cast<size_t>(contract->num_ints)) {
+        reject(*contract, std::to_string(ints.size()) + " ints, not " + std::to_string(contract->num_ints));
+    }
+    if (floats.size() != static_cast<size_t>(contract->num_floats)) {
+        reject(*contract, std::to_string(floats.size()) + " floats, not " + std::to_string(contract->num_floats));
+    }
+    constexpr int64_t kLargest = int64_t{1} << 31;  // so that products of two numbers stay within 64 bits
+    for (int64_t value : ints) {
+        if (value < 0 || value >= kLargest) reject(*contract, "ints must be 0 to 2^31 - 1");
+    }
+    PlannedCall planned = {};
+    planned.contract = contract;
+    Call& call = planned.call;
+    std::copy(ints.begin(), ints.end(), call.ints);
+    std::transform(floats.begin(), floats.end(), call.floats, [](double f) { return static_cast<float>(f); });
+    call.kernel = find_kernel(isa_, kernel);
+    if (!call.kernel) throw std::invalid_argument("no kernel for '" + kernel + "'");
+
+    int inputs_needed = num_inputs_;
+    for (size_t i = 0; i < want; ++i) {
+        const OperandRef& ref = operands[i];
+        const char kind = contract->operands[i];
+        const std::string name = "operand " + std::to_string(i);
+        if (ref.space == "none") {
+            if (kind != 'C') reject(*contract, name + " must not be absent");
+            continue;
+        }
+        const char* space = kind == 'a' ? "arena" : kind == 'k' ? "cache" : kind == 'i' ? "input" : "const";
+        if (ref.space != space) reject(*contract, name + " must be in space '" + space + "', not '" + ref.space + "'");
+        if (kind == 'i') {
+            if (ref.index < 0 || ref.index >= 256 || ref.offset != 0) reject(*contract, name + ": no such input slot");
+            planned.inputs.push_back({static_cast<int>(i), static_cast<int>(ref.index)});
+            call.operands[i].bytes = ref.index;  // the slot; plan() looks the array up
+            inputs_needed = std::max(inputs_needed, static_cast<int>(ref.index) + 1);
+            continue;
+        }
+        Operand whole = {arena_->data(), arena_->size()};
+        if (kind != 'a') {
+            const size_t count = kind == 'k' ? caches_.size() : constants_.size();
+            if (ref.index < 0 || static_cast<size_t>(ref.index) >= count) reject(*contract, name + ": no such index");
+            whole = kind == 'k' ? Operand{caches_[ref.index]->data(), caches_[ref.index]->size()}
+                                : constants_[ref.index];
+        }
+        // Kernels read f32 and pairs of bf16; a table of bytes has no need of it but is aligned as well.
+        if (ref.offset < 0 || ref.offset > whole.bytes || ref.offset % 4) {
+            reject(*contract, name + ": offset must be a multiple of 4 within the buffer");
+        }
+        call.operands[i] = {whole.data + ref.offset, whole.bytes - ref.offset};
+    }
+    std::string error = contract->validate(call);
+    if (!error.empty()) reject(*contract, error);
+    num_inputs_ = inputs_needed;
+    const int64_t scratch = (contract->scratch_bytes(call) + 4095) / 4096 * 4096;  // threads on pages of their own
+    scratch_per_thread_ = std::max(scratch_per_thread_, scratch);
+    calls_.push_back(std::move(planned));
+    work_.reset();
+}
+
+void Executor::plan(const int64_t dims[3], const std::vector<StepInput>& inputs) {
+    for (int i = 0; i < 3; ++i) {
+        if (dims[i] < 0 || dims[i] > INT32_MAX) throw std::invalid_argument("dims must not be negative");
+        step_.dims[i] = dims[i];
+    }
+    if (inputs.size() < static_cast<size_t>(num_inputs_)) {
+        throw std::invalid_argument("the calls need " + std::to_string(num_inputs_) + " inputs");
+    }
+    step_.threads = pool_.size();
+    step_.inputs.resize(inputs.size());
+    for (size_t i = 0; i < inputs.size(); ++i) {
+        Input& input = step_.inputs[i];
+        input = {inputs[i].data, inputs[i].size, 0, -1};
+        if (input.size == 0) continue;
+        int32_t low = input.data[0], high = low;
+        for (int64_t j = 1; j < input.size; ++j) {
+            low = std::min(low, input.data[j]);
+            high = std::max(high, input.data[j]);
+        }
+        input.min = low;
+        input.max = high;
+    }
+    if (!work_) {  // calls were added since the last step
+        work_ = std::make_unique<Work[]>(calls_.size() * kMaxStages);
+        step_.attention_plans.resize(calls_.size());
+        scratch_ = std::make_unique<Mapping>(scratch_per_thread_ * pool_.size());
+        workers_.resize(pool_.size());
+        for (int i = 0; i < pool_.size(); ++i) {
+            workers_[i] = {i, scratch_->data() ? scratch_->data() + i * scratch_per_thread_ : nullptr, 0};
+        }
+    }
+    step_.num_attention_plans = 0;
+    num_work_ = 0;
+    int64_t shared_bytes = 0;
+    for (PlannedCall& planned : calls_) {
+        Call& call = planned.call;
+        for (const InputOperand& in : planned.inputs) {
+            call.operands[in.operand].data =
+                reinterpret_cast<char*>(const_cast<int32_t*>(step_.inputs[in.slot].data));  // only read
+        }
+        call.tag = ++tag_;
+        call.shared_bytes = 0;
+        std::string error = planned.contract->plan(call, step_);
+        if (!error.empty()) reject(*planned.contract, error);
+        shared_bytes = std::max(shared_bytes, call.shared_bytes);
+        for (int s = 0; s < kMaxStages && call.kernel->stages[s]; ++s) {
+            if (call.cuts[s].items == 0) continue;
+            Work& work = work_[num_work_++];
+            work.next.store(0, std::memory_order_relaxed);
+            work.stage = call.kernel->stages[s];
+            work.call = &call;
+            work.cut = call.cuts[s];
+            work.solo = pool_.size() == 1 || work.cut.items <= work.cut.grain;
+            work.barrier = true;
+        }
+    }
+    if (!shared_ || shared_->size() < shared_bytes) {  // grows to the largest step seen
+        shared_.reset();
+        shared_ = std::make_unique<Mapping>(shared_bytes);
+    }
+    for (PlannedCall& planned : calls_) planned.call.shared = shared_->data();
+    // Thread 0 needs nobody's permission to go from one piece of its own work to the next, and the pool
+    // meets at the end of the step anyway.
+    for (size_t i = 0; i < num_work_; ++i) {
+        const bool last = i + 1 == num_work_;
+        work_[i].barrier = !last && !(work_[i].solo && work_[i + 1].solo);
+    }
+}
+
+void Executor::walk(int thread, std::vector<double>* per_call) {
+    Worker& worker = workers_[thread];
+    double before = per_call && thread == 0 ? seconds_now() : 0.0;
+    for (size_t i = 0; i < num_work_; ++i) {
+        Work& work = work_[i];
+        if (!work.solo) {
+            for (;;) {
+                const int64_t begin = work.next.fetch_add(work.cut.grain, std::memory_order_relaxed);
+                if (begin >= work.cut.items) break;
+                work.stage(*work.call, begin, std::min(begin + work.cut.grain, work.cut.items), worker);
+            }
+        } else if (thread == 0) {
+            work.stage(*work.call, 0, work.cut.items, worker);
+        }
+        if (work.barrier || per_call) pool_.barrier();
+        if (per_call && thread == 0) {
+            const double now = seconds_now();
+            size_t index = 0;
+            // Calls are stored in order, so the address tells the index.
+            index = static_cast<size_t>((reinterpret_cast<const char*>(work.call) -
+                                         reinterpret_cast<const char*>(&calls_[0].call)) /
+                                        static_cast<ptrdiff_t>(sizeof(PlannedCall)));
+            (*per_call)[index] += now - before;
+            before = now;
+        }
+    }
+}
+
+double Executor::run(const int64_t dims[3], const std::vector<StepInput>& inputs, std::vector<double>* per_call) {
+    std::unique_lock<std::mutex> lock(running_, std::try_to_lock);
+    if (!lock.owns_lock()) throw std::invalid_argument("the executor is running a step already");
+    const double start = seconds_now();
+    plan(dims, inputs);
+    if (per_call) per_call->assign(calls_.size(), 0.0);
+    const auto body = [&](int thread) { walk(thread, per_call); };
+    pool_.run(body);
+    return seconds_now() - start;
+}
+
+}  // namespace pelton::cpu

@@ -1,0 +1,96 @@
+// Runs a flat list of kernel calls, step after step, on a pool of threads.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cpu/contract.h"
+#include "cpu/threads.h"
+
+namespace pelton::cpu {
+
+// Zeroed, page-aligned memory whose pages cost nothing until they are touched.
+class Mapping {
+public:
+    explicit Mapping(int64_t bytes);  // throws std::bad_alloc
+    ~Mapping();
+    Mapping(const Mapping&) = delete;
+    Mapping& operator=(const Mapping&) = delete;
+    char* data() const { return data_; }
+    int64_t size() const { return bytes_; }
+
+private:
+    char* data_ = nullptr;
+    int64_t bytes_;
+};
+
+// An operand as the caller names it.
+struct OperandRef {
+    std::string space;
+    int64_t index, offset;
+};
+
+struct StepInput {
+    const int32_t* data;
+    int64_t size;
+};
+
+class Executor {
+public:
+    // Throws std::invalid_argument where the caller is wrong; so do add_call and run.
+    Executor(const std::string& isa, int threads, int64_t arena_bytes);
+    ~Executor();
+
+    int add_constant(const char* data, int64_t bytes);  // the caller keeps the memory alive
+    int add_cache(int64_t bytes);
+    void add_call(const std::string& kernel, const std::vector<OperandRef>& operands, const std::vector<int64_t>& ints,
+                  const std::vector<double>& floats);
+    // Returns seconds. With `per_call`, also the seconds of each call, with a barrier after each stage.
+    double run(const int64_t dims[3], const std::vector<StepInput>& inputs, std::vector<double>* per_call = nullptr);
+    std::shared_ptr<Mapping> arena() const { return arena_; }
+
+private:
+    struct InputOperand {
+        int operand, slot;
+    };
+    struct PlannedCall {
+        const Contract* contract;
+        Call call;
+        std::vector<InputOperand> inputs;
+    };
+    // One stage of one call in one step.
+    struct alignas(64) Work {
+        std::atomic<int64_t> next{0};
+        Stage stage = nullptr;
+        const Call* call = nullptr;
+        Cut cut = {0, 0};
+        bool solo = false;     // one chunk: thread 0 does it
+        bool barrier = false;  // after it
+    };
+
+    void plan(const int64_t dims[3], const std::vector<StepInput>& inputs);
+    void walk(int thread, std::vector<double>* per_call);
+    [[noreturn]] void reject(const Contract& contract, const std::string& why) const;
+
+    const std::string isa_;
+    ThreadPool pool_;
+    std::shared_ptr<Mapping> arena_;
+    std::vector<Operand> constants_;
+    std::vector<std::unique_ptr<Mapping>> caches_;
+    std::vector<PlannedCall> calls_;
+    int num_inputs_ = 0;
+
+    std::mutex running_;
+    Step step_;
+    std::unique_ptr<Work[]> work_;
+    size_t num_work_ = 0;
+    std::unique_ptr<Mapping> shared_, scratch_;
+    int64_t scratch_per_thread_ = 0;
+    std::vector<Worker> workers_;
+    uint64_t tag_ = 0;
+};
+
+}  // namespace pelton::cpu

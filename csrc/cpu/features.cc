@@ -1,0 +1,103 @@
+#include "cpu/features.h"
+
+#include <unistd.h>
+
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace pelton::cpu {
+namespace {
+
+#if defined(__x86_64__)
+struct Leaf {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+};
+
+Leaf leaf(unsigned number, unsigned sub = 0) {
+    Leaf r;
+    if (!__get_cpuid_count(number, sub, &r.eax, &r.ebx, &r.ecx, &r.edx)) return Leaf();
+    return r;
+}
+
+// Register states that the operating system saves (XCR0).
+uint64_t saved_states() {
+    if (!(leaf(1).ecx & (1u << 27))) return 0;
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (static_cast<uint64_t>(high) << 32) | low;
+}
+#endif
+
+std::vector<std::pair<std::string, bool>> detect_flags() {
+    std::vector<std::pair<std::string, bool>> flags;
+#if defined(__x86_64__)
+    const uint64_t states = saved_states();
+    const bool ymm = (states & 0x6) == 0x6, zmm = ymm && (states & 0xe0) == 0xe0;
+    const bool tiles = (states & 0x60000) == 0x60000;  // the kernel still has to grant them per process
+    const Leaf l1 = leaf(1), l7 = leaf(7), l71 = leaf(7, 1);
+    auto bit = [](unsigned word, int i) { return ((word >> i) & 1u) != 0; };
+    flags = {{"avx2", ymm && bit(l7.ebx, 5)},
+             {"fma", ymm && bit(l1.ecx, 12)},
+             {"f16c", ymm && bit(l1.ecx, 29)},
+             {"avx512f", zmm && bit(l7.ebx, 16)},
+             {"avx512dq", zmm && bit(l7.ebx, 17)},
+             {"avx512bw", zmm && bit(l7.ebx, 30)},
+             {"avx512vl", zmm && bit(l7.ebx, 31)},
+             {"avx512_vbmi", zmm && bit(l7.ecx, 1)},
+             {"avx512_vnni", zmm && bit(l7.ecx, 11)},
+             {"avx512_bf16", zmm && bit(l71.eax, 5)},
+             {"avx512_fp16", zmm && bit(l7.edx, 23)},
+             {"avx_vnni", ymm && bit(l71.eax, 4)},
+             {"amx_bf16", tiles && bit(l7.edx, 22)},
+             {"amx_int8", tiles && bit(l7.edx, 25)}};
+#elif defined(__aarch64__)
+    flags = {{"neon", true}};
+#endif
+    return flags;
+}
+
+int64_t cache_bytes(int name) {
+    long value = sysconf(name);
+    return value > 0 ? value : 0;
+}
+
+}  // namespace
+
+bool has_feature(const char* name) {
+    static const std::vector<std::pair<std::string, bool>> flags = detect_flags();
+    for (const auto& [flag, present] : flags) {
+        if (flag == name) return present;
+    }
+    return false;
+}
+
+Features detect_features() {
+    Features f;
+    f.flags = detect_flags();
+#if defined(__x86_64__)
+    Leaf v = leaf(0);
+    char vendor[13] = {};
+    std::memcpy(vendor, &v.ebx, 4);
+    std::memcpy(vendor + 4, &v.edx, 4);
+    std::memcpy(vendor + 8, &v.ecx, 4);
+    f.vendor = vendor;
+    char model[49] = {};
+    for (unsigned i = 0; i < 3; ++i) {
+        Leaf l = leaf(0x80000002u + i);
+        std::memcpy(model + 16 * i, &l, 16);
+    }
+    f.model = model;
+    while (!f.model.empty() && f.model.back() == ' ') f.model.pop_back();
+#endif
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+    f.l1_bytes = cache_bytes(_SC_LEVEL1_DCACHE_SIZE);
+    f.l2_bytes = cache_bytes(_SC_LEVEL2_CACHE_SIZE);
+    f.l3_bytes = cache_bytes(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    return f;
+}
+
+}  // namespace pelton::cpu

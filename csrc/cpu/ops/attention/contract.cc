@@ -1,0 +1,142 @@
+#include "cpu/ops/attention/contract.h"
+
+#include <algorithm>
+
+#include "cpu/contract.h"
+
+namespace pelton::cpu {
+
+CacheLayout cache_layout(int64_t kv_heads, int64_t head_dim, int64_t block_size, int64_t format) {
+    const int64_t size = format == kCacheBf16 ? 2 : 4;
+    CacheLayout layout;
+    layout.padded = (head_dim + 15) / 16 * 16;
+    layout.key_bytes = head_dim * block_size * size;
+    layout.head_bytes = layout.key_bytes + layout.padded * block_size * size;
+    layout.block_bytes = layout.head_bytes * kv_heads;
+    return layout;
+}
+
+const char* check_cache(int64_t kv_heads, int64_t head_dim, int64_t block_size, int64_t num_blocks, int64_t format) {
+    if (kv_heads < 1) return "kv_heads must be positive";
+    if (head_dim < 2 || head_dim > 512 || head_dim % 2) return "head_dim must be even, 2 to 512";
+    if (block_size < 1 || block_size % kTokenGroup) return "block_size must be a multiple of 16";
+    if (num_blocks < 1) return "num_blocks must be positive";
+    if (format != kCacheF32 && format != kCacheBf16) return "cache_format must be 0 (f32) or 1 (bf16)";
+    return nullptr;
+}
+
+static std::string validate(const Call& call) {
+    using namespace attention;
+    const int64_t* ints = call.ints;
+    const char* error = check_cache(ints[kKvHeads], ints[kHeadDim], ints[kBlockSize], ints[kNumBlocks], ints[kFormat]);
+    if (error) return error;
+    if (ints[kHeads] < 1 || ints[kHeads] % ints[kKvHeads]) return "kv_heads must divide heads";
+    if (ints[kWindow] < 0) return "window must not be negative";
+    CacheLayout layout = cache_layout(ints[kKvHeads], ints[kHeadDim], ints[kBlockSize], ints[kFormat]);
+    if (layout.block_bytes * ints[kNumBlocks] > call.operands[kCache].bytes) return "the cache is too small";
+    if (call.operands[kSlopes].data && call.operands[kSlopes].bytes < ints[kHeads] * 4) return "too few alibi slopes";
+    return "";
+}
+
+// Checks the ragged batch itself. The minima and maxima of the inputs bound most values already.
+static std::string check_batch(const Call& call, const Step& step, int64_t width) {
+    using namespace attention;
+    const int64_t tokens = step.dims[0], sequences = step.dims[1];
+    const Input& table = step.inputs[call.operands[kBlockTable].bytes];
+    const int32_t* lens = step.inputs[call.operands[kSeqLens].bytes].data;
+    const int32_t* start = step.inputs[call.operands[kQueryStart].bytes].data;
+    const int64_t block_size = call.ints[kBlockSize], num_blocks = call.ints[kNumBlocks];
+    if (start[0] != 0 || start[sequences] > tokens) return "query_start_loc must run from 0 to at most T";
+    for (int64_t s = 0; s < sequences; ++s) {
+        int64_t queries = start[s + 1] - start[s];
+        if (queries < 0) return "query_start_loc must not decrease";
+        if (lens[s] < queries) return "seq_lens must include the tokens of this step";
+        int64_t blocks = (lens[s] + block_size - 1) / block_size;
+        if (blocks > width) return "the block table is too narrow for seq_lens";
+        if (table.min >= 0 && table.max < num_blocks) continue;
+        for (int64_t b = 0; b < blocks; ++b) {  // padding beyond the blocks in use may be anything
+            int32_t id = table.data[s * width + b];
+            if (id < 0 || id >= num_blocks) return "block id " + std::to_string(id) + " is out of range";
+        }
+    }
+    return "";
+}
+
+static void make_tiles(const Call& call, const Step& step, AttentionPlan& plan) {
+    using namespace attention;
+    const int32_t* lens = step.inputs[call.operands[kSeqLens].bytes].data;
+    const int32_t* start = step.inputs[call.operands[kQueryStart].bytes].data;
+    const int64_t group = call.ints[kHeads] / call.ints[kKvHeads], window = call.ints[kWindow];
+    plan.tiles.clear();
+    for (int64_t s = 0; s < step.dims[1]; ++s) {
+        int64_t rows = (start[s + 1] - start[s]) * group, first = lens[s] - (start[s + 1] - start[s]);
+        for (int64_t r = 0; r < rows; r += kRowTile) {
+            int64_t end = std::min<int64_t>(r + kRowTile, rows);
+            int64_t keys = first + (end - 1) / group + 1;
+            if (window) keys = std::min(keys, window + (end - r) / group);
+            for (int64_t h = 0; h < call.ints[kKvHeads]; ++h) {
+                plan.tiles.push_back({static_cast<int32_t>(s), static_cast<int32_t>(h), static_cast<int32_t>(r),
+                                      static_cast<int32_t>(end), keys * (end - r + 8)});
+            }
+        }
+    }
+    // Heavy tiles first, so that the last ones to be taken are short.
+    std::sort(plan.tiles.begin(), plan.tiles.end(), [](const AttentionTile& a, const AttentionTile& b) {
+        if (a.cost != b.cost) return a.cost > b.cost;
+        if (a.sequence != b.sequence) return a.sequence < b.sequence;
+        if (a.kv_head != b.kv_head) return a.kv_head < b.kv_head;
+        return a.row_begin < b.row_begin;
+    });
+}
+
+static std::string plan(Call& call, Step& step) {
+    using namespace attention;
+    const int64_t tokens = step.dims[0], sequences = step.dims[1], int_max = INT32_MAX;
+    call.rows = tokens;
+    call.cuts[0] = {0, 1};
+    std::string error = check_rows(call, kOut, tokens, call.ints[kHeads] * call.ints[kHeadDim], call.ints[kLdOut]);
+    if (error.empty()) error = check_rows(call, kQ, tokens, call.ints[kHeads] * call.ints[kHeadDim], call.ints[kLdQ]);
+    if (sequences == 0 || !error.empty()) return error;
+    error = check_input(call, step, kSeqLens, sequences, int_max);
+    if (error.empty()) error = check_input(call, step, kQueryStart, sequences + 1, int_max);
+    if (!error.empty()) return error;
+    int64_t table_size = step.inputs[call.operands[kBlockTable].bytes].size;
+    if (table_size % sequences) return "the block table must have the same number of entries for each sequence";
+    call.ints[kTableWidth] = table_size / sequences;
+
+    // Layers repeat the same attention: check and cut it once per step.
+    const int64_t key[] = {call.operands[kBlockTable].bytes, call.operands[kSeqLens].bytes,
+                           call.operands[kQueryStart].bytes, call.ints[kHeads],
+                           call.ints[kKvHeads],              call.ints[kBlockSize],
+                           call.ints[kNumBlocks],            call.ints[kWindow]};
+    AttentionPlan* found = nullptr;
+    for (size_t i = 0; i < step.num_attention_plans && !found; ++i) {
+        AttentionPlan& candidate = step.attention_plans[i];
+        if (std::equal(candidate.key.begin(), candidate.key.end(), key)) found = &candidate;
+    }
+    if (!found) {
+        error = check_batch(call, step, call.ints[kTableWidth]);
+        if (!error.empty()) return error;
+        found = &step.attention_plans[step.num_attention_plans++];  // one per call is reserved
+        found->key.assign(std::begin(key), std::end(key));
+        make_tiles(call, step, *found);
+    }
+    call.plan = found->tiles.data();
+    call.cuts[0] = {static_cast<int64_t>(found->tiles.size()), 1};
+    return "";
+}
+
+static int64_t scratch_bytes(const Call& call) {
+    // Packed queries, scores, probabilities, the running output and three numbers per row.
+    const int64_t padded = (call.ints[attention::kHeadDim] + 15) / 16 * 16;
+    return kRowTile * (padded * 4 + kKeyTile * 4 + kKeyTile * 4 + padded * 4 + 64);
+}
+
+const Contract kAttention = {
+    "attention",
+    "operands [out(arena), q(arena), cache(cache), block_table(input), seq_lens(input), query_start_loc(input), "
+    "alibi_slopes(const or none)]; ints [heads, kv_heads, head_dim, ld_out, ld_q, block_size, num_blocks, "
+    "cache_format, window]; floats [scale, softcap]",
+    "aakiiiC", 9, 2, validate, plan, scratch_bytes};
+
+}  // namespace pelton::cpu

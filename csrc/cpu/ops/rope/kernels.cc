@@ -1,0 +1,128 @@
+#include "cpu/ops/rope/contract.h"
+
+#include "cpu/ops/attention/contract.h"
+#include "cpu/simd.h"
+
+namespace pelton::cpu::PELTON_ISA {
+namespace {
+
+constexpr int kMaxHeadDim = 512;
+
+PELTON_INLINE float* floats_of(const Call& call, int operand) {
+    return reinterpret_cast<float*>(call.operands[operand].data);
+}
+
+PELTON_INLINE const int32_t* ints_of(const Call& call, int operand) {
+    return reinterpret_cast<const int32_t*>(call.operands[operand].data);
+}
+
+// out may be x: both halves of a pair are read before either is written.
+void rotate_head(const float* x, const float* table, int64_t head_dim, int64_t rot_dim, bool interleaved, float* out) {
+    const int64_t half = rot_dim / 2;
+    const float *cosines = table, *sines = table + half;
+    if (interleaved) {
+        for (int64_t i = 0; i < half; ++i) {
+            float a = x[2 * i], b = x[2 * i + 1];
+            out[2 * i] = a * cosines[i] - b * sines[i];
+            out[2 * i + 1] = b * cosines[i] + a * sines[i];
+        }
+    } else {
+        int64_t i = 0;
+        for (; i + kW <= half; i += kW) {
+            VF a = load(x + i), b = load(x + half + i), c = load(cosines + i), s = load(sines + i);
+            store(out + i, a * c - b * s);
+            store(out + half + i, b * c + a * s);
+        }
+        for (; i < half; ++i) {
+            float a = x[i], b = x[half + i];
+            out[i] = a * cosines[i] - b * sines[i];
+            out[half + i] = b * cosines[i] + a * sines[i];
+        }
+    }
+    if (out != x && rot_dim < head_dim) __builtin_memcpy(out + rot_dim, x + rot_dim, (head_dim - rot_dim) * 4);
+}
+
+struct CacheTarget {
+    char* cache;
+    CacheLayout layout;
+    int64_t head_dim, block_size;
+    bool bf16;
+};
+
+void write_slot(const CacheTarget& t, int64_t slot, int64_t head, const float* k, const float* v) {
+    const int64_t block = slot / t.block_size, token = slot % t.block_size;
+    char* keys = t.cache + block * t.layout.block_bytes + head * t.layout.head_bytes;
+    char* values = keys + t.layout.key_bytes;
+    if (t.bf16) {
+        uint16_t* kp = reinterpret_cast<uint16_t*>(keys) + token * 2;
+        uint16_t* vp = reinterpret_cast<uint16_t*>(values) + token / 2 * t.layout.padded * 2 + token % 2;
+        for (int64_t d = 0; d < t.head_dim; d += 2) {
+            kp[d * t.block_size] = to_bf16_scalar(k[d]);
+            kp[d * t.block_size + 1] = to_bf16_scalar(k[d + 1]);
+        }
+        for (int64_t d = 0; d < t.head_dim; ++d) vp[2 * d] = to_bf16_scalar(v[d]);
+    } else {
+        float* kp = reinterpret_cast<float*>(keys) + token;
+        for (int64_t d = 0; d < t.head_dim; ++d) kp[d * t.block_size] = k[d];
+        __builtin_memcpy(reinterpret_cast<float*>(values) + token * t.layout.padded, v, t.head_dim * 4);
+    }
+}
+
+void rope_rows(const Call& call, int64_t begin, int64_t end, Worker&) {
+    using namespace rope;
+    const int64_t heads = call.ints[kHeads], head_dim = call.ints[kHeadDim], rot_dim = call.ints[kRotDim];
+    for (int64_t r = begin; r < end; ++r) {
+        const float* table = floats_of(call, kTable) + ints_of(call, kPositions)[r] * rot_dim;
+        for (int64_t h = 0; h < heads; ++h) {
+            rotate_head(floats_of(call, kX) + r * call.ints[kLdX] + h * head_dim, table, head_dim, rot_dim,
+                        call.ints[kInterleaved], floats_of(call, kOut) + r * call.ints[kLdOut] + h * head_dim);
+        }
+    }
+}
+
+void kv_write_rows(const Call& call, int64_t begin, int64_t end, Worker&) {
+    using namespace kv_write;
+    const int64_t heads = call.ints[kKvHeads], head_dim = call.ints[kHeadDim], block_size = call.ints[kBlockSize];
+    const int64_t format = call.ints[kFormat];
+    const CacheTarget target = {call.operands[kCache].data, cache_layout(heads, head_dim, block_size, format), head_dim,
+                                block_size, format == kCacheBf16};
+    for (int64_t r = begin; r < end; ++r) {
+        for (int64_t h = 0; h < heads; ++h) {
+            write_slot(target, ints_of(call, kSlots)[r], h, floats_of(call, kK) + r * call.ints[kLdK] + h * head_dim,
+                       floats_of(call, kV) + r * call.ints[kLdV] + h * head_dim);
+        }
+    }
+}
+
+void rope_kv_write_rows(const Call& call, int64_t begin, int64_t end, Worker&) {
+    using namespace rope_kv_write;
+    const int64_t heads = call.ints[kHeads], kv_heads = call.ints[kKvHeads], head_dim = call.ints[kHeadDim];
+    const int64_t rot_dim = call.ints[kRotDim], block_size = call.ints[kBlockSize], format = call.ints[kFormat];
+    const bool interleaved = call.ints[kInterleaved];
+    const CacheTarget target = {call.operands[kCache].data, cache_layout(kv_heads, head_dim, block_size, format),
+                                head_dim, block_size, format == kCacheBf16};
+    float rotated[kMaxHeadDim];
+    for (int64_t r = begin; r < end; ++r) {
+        const float* table = floats_of(call, kTable) + ints_of(call, kPositions)[r] * rot_dim;
+        for (int64_t h = 0; h < heads; ++h) {
+            rotate_head(floats_of(call, kQ) + r * call.ints[kLdQ] + h * head_dim, table, head_dim, rot_dim,
+                        interleaved, floats_of(call, kQOut) + r * call.ints[kLdQOut] + h * head_dim);
+        }
+        for (int64_t h = 0; h < kv_heads; ++h) {
+            rotate_head(floats_of(call, kK) + r * call.ints[kLdK] + h * head_dim, table, head_dim, rot_dim,
+                        interleaved, rotated);
+            write_slot(target, ints_of(call, kSlots)[r], h, rotated,
+                       floats_of(call, kV) + r * call.ints[kLdV] + h * head_dim);
+        }
+    }
+}
+
+}  // namespace
+
+extern const Kernel rope_kernels[];
+const Kernel rope_kernels[] = {{"rope", {rope_rows}, 0},
+                               {"kv_write", {kv_write_rows}, 0},
+                               {"rope_kv_write", {rope_kv_write_rows}, 0},
+                               {nullptr, {}, 0}};
+
+}  // namespace pelton::cpu::PELTON_ISA

@@ -1,0 +1,13 @@
+// Measured limits of this machine: memory bandwidth and arithmetic per precision.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace pelton::cpu {
+
+// Bytes and operations per second. `seconds` is the time spent on each number.
+std::vector<std::pair<std::string, double>> measure_peaks(const std::string& isa, int threads, double seconds);
+
+}  // namespace pelton::cpu

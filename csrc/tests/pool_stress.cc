@@ -1,0 +1,77 @@
+// Hammers the thread pool and the executor; meant for the thread sanitizer. Prints "ok" or aborts.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "cpu/executor.h"
+#include "cpu/registry.h"
+
+using namespace pelton::cpu;
+
+static void check(bool ok, const char* what) {
+    if (ok) return;
+    std::fprintf(stderr, "failed: %s\n", what);
+    std::abort();
+}
+
+// Plain (non-atomic) data handed from thread to thread through barriers only.
+static void stress_barrier(int threads, int rounds) {
+    ThreadPool pool(threads);
+    std::vector<int> counts(threads, 0);
+    for (int step = 0; step < 5; ++step) {
+        pool.run([&](int t) {
+            for (int i = 0; i < rounds; ++i) {
+                counts[(t + i) % threads] += 1;
+                pool.barrier();
+            }
+        });
+    }
+    for (int c : counts) check(c == 5 * rounds, "every slot is counted once per round");
+}
+
+static void stress_wake(int threads, int steps) {
+    ThreadPool pool(threads);
+    std::vector<int> seen(threads, 0);
+    for (int step = 0; step < steps; ++step) {
+        pool.run([&](int t) { seen[t] = step + 1; });
+        for (int s : seen) check(s == step + 1, "all threads ran the step");
+        if (step % 50 == 0) {  // let the workers park
+            struct timespec pause = {0, 2000000};
+            nanosleep(&pause, nullptr);
+        }
+    }
+}
+
+static void stress_executor(int threads, int steps) {
+    constexpr int kRows = 64, kCols = 256;
+    Executor executor("generic", threads, 3 * kRows * kCols * 4);
+    const int64_t size = kRows * kCols * 4;
+    std::vector<float> weight(kCols * kCols, 0.0f);  // panels of 64 columns: the identity
+    for (int i = 0; i < kCols; ++i) weight[(i / 64 * kCols + i) * 64 + i % 64] = 1.0f;
+    executor.add_constant(reinterpret_cast<const char*>(weight.data()), static_cast<int64_t>(weight.size()) * 4);
+    for (int i = 0; i < 20; ++i) {
+        executor.add_call("add", {{"arena", 0, size}, {"arena", 0, 0}, {"arena", 0, 0}}, {0, kCols, kCols, kCols, kCols},
+                          {});
+        executor.add_call("linear", {{"arena", 0, 2 * size}, {"arena", 0, size}, {"const", 0, 0}, {"none", 0, 0}},
+                          {0, kCols, kCols, kCols, kCols, 0, 0, 0, 0, 0, 0}, {});
+        executor.add_call("scale", {{"arena", 0, 0}, {"arena", 0, 2 * size}}, {0, kCols, kCols, kCols}, {0.5});
+    }
+    float* x = reinterpret_cast<float*>(executor.arena()->data());
+    for (int i = 0; i < kRows * kCols; ++i) x[i] = static_cast<float>(i % 97);
+    for (int step = 0; step < steps; ++step) {
+        const int64_t dims[3] = {1 + step % kRows, 0, 0};
+        executor.run(dims, {});
+    }
+    for (int i = 0; i < kRows * kCols; ++i) check(x[i] == static_cast<float>(i % 97), "the identity is kept");
+}
+
+int main() {
+    for (int threads : {1, 2, 4}) {
+        stress_barrier(threads, 200);
+        stress_wake(threads, 200);
+        stress_executor(threads, 50);
+    }
+    std::puts("ok");
+    return 0;
+}

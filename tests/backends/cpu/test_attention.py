@@ -1,0 +1,231 @@
+"""KV writes and attention over ragged batches against NumPy, and the same bits whatever the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests.helpers.tolerance import BF16_EPS, assert_within
+
+from .native import BF16_DOT, ISAS, NONE, Runner, native
+from .test_rowwise import rope_table, rotate
+
+F32_CACHE, BF16_CACHE = 0, 1
+
+
+@dataclass(frozen=True)
+class Shape:
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    block_size: int = 16
+    format: int = BF16_CACHE
+    window: int = 0
+    softcap: float = 0.0
+    alibi: bool = False
+
+
+@dataclass
+class Sequence:
+    """Keys, values and queries of all positions; the tests feed them in whatever steps they like."""
+
+    q: Any
+    k: Any
+    v: Any
+
+    @staticmethod
+    def random(shape: Shape, length: int, seed: int) -> Sequence:
+        r = np.random.default_rng([length, seed])
+        q = r.normal(size=(length, shape.heads * shape.head_dim)).astype(np.float32) * 2
+        k, v = (r.normal(size=(length, shape.kv_heads * shape.head_dim)).astype(np.float32) for _ in range(2))
+        return Sequence(q, k, v)
+
+
+def slopes_of(shape: Shape) -> Any:
+    return (2.0 ** -np.arange(1, shape.heads + 1)).astype(np.float32)
+
+
+class Model:
+    """One layer's cache with kv_write and attention; ``step`` feeds (sequence index, begin, end) pieces."""
+
+    def __init__(self, isa: str, shape: Shape, sequences: list[Sequence], threads: int = 1) -> None:
+        self.shape, self.sequences = shape, sequences
+        longest = max(len(s.q) for s in sequences)
+        self.width = -(-longest // shape.block_size)
+        num_blocks = self.width * len(sequences) + 3
+        ids = np.random.default_rng(1).permutation(num_blocks)[: self.width * len(sequences)]
+        self.blocks = ids.reshape(len(sequences), self.width)
+        total = sum(len(s.q) for s in sequences)
+        q_cols, kv_cols = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        run = self.run = Runner(isa, threads, (total + 1) * (2 * q_cols + 2 * kv_cols + 64) + 4096)
+        size = native.cache_bytes(shape.kv_heads, shape.head_dim, shape.block_size, num_blocks, shape.format)
+        cache = run.cache(size)
+        operands = {n: run.place(n, total, c, c + 3) for n, c in
+                    [("out", q_cols), ("q", q_cols), ("k", kv_cols), ("v", kv_cols)]}  # fmt: skip
+        slots, table, lens, starts = (run.input([0]) for _ in range(4))
+        geometry = [shape.block_size, num_blocks, shape.format]
+        run.call("kv_write", [cache, operands["k"], operands["v"], slots],
+                 [shape.kv_heads, shape.head_dim, kv_cols + 3, kv_cols + 3, *geometry])  # fmt: skip
+        slopes = run.const(slopes_of(shape)) if shape.alibi else NONE
+        self.scale = shape.head_dim**-0.5
+        ints = [shape.heads, shape.kv_heads, shape.head_dim, q_cols + 3, q_cols + 3, *geometry, shape.window]
+        run.call("attention", [operands["out"], operands["q"], cache, table, lens, starts, slopes], ints,
+                 [self.scale, shape.softcap])  # fmt: skip
+
+    def step(self, pieces: list[tuple[int, int, int]]) -> list[Any]:
+        rows = {"q": [], "k": [], "v": []}  # type: dict[str, list[Any]]
+        slots: list[int] = []
+        size = self.shape.block_size
+        for s, begin, end in pieces:
+            for name, parts in rows.items():
+                parts.append(getattr(self.sequences[s], name)[begin:end])
+            slots += [int(self.blocks[s, p // size]) * size + p % size for p in range(begin, end)]
+        for name, parts in rows.items():
+            self.run.view(name)[: len(slots)] = np.concatenate(parts)
+        starts = np.cumsum([0] + [end - begin for _, begin, end in pieces])
+        # Entries behind the blocks in use are padding and may be anything.
+        table = np.stack([np.where(np.arange(self.width) * size < end, self.blocks[s], -1) for s, _, end in pieces])
+        lens = [end for _, _, end in pieces]
+        self.run.inputs = [np.ascontiguousarray(a, dtype=np.int32).reshape(-1) for a in (slots, table, lens, starts)]
+        self.run.run(len(slots), len(pieces))
+        out = self.run.view("out")[: len(slots)].copy()
+        return np.split(out, starts[1:-1])
+
+
+def reference(isa: str, shape: Shape, seq: Sequence, begin: int, end: int) -> tuple[Any, Any]:
+    """Exact attention in double precision over what the cache holds, and a bound of the error."""
+
+    def stored(x: Any) -> Any:
+        return x.astype(ml_dtypes.bfloat16).astype(np.float64) if shape.format else x.astype(np.float64)
+
+    dots = isa in BF16_DOT and shape.format == BF16_CACHE
+    group = shape.heads // shape.kv_heads
+    k = stored(seq.k[:end]).reshape(end, shape.kv_heads, -1).repeat(group, axis=1)
+    v = stored(seq.v[:end]).reshape(end, shape.kv_heads, -1).repeat(group, axis=1)
+    q = seq.q[begin:end].astype(ml_dtypes.bfloat16) if dots else seq.q[begin:end]
+    q = q.astype(np.float64).reshape(end - begin, shape.heads, -1)
+    raw = np.einsum("thd,jhd->htj", q, k) * shape.head_dim**-0.5
+    scores = shape.softcap * np.tanh(raw / shape.softcap) if shape.softcap else raw
+    i, j = np.arange(begin, end)[:, None], np.arange(end)[None]
+    if shape.alibi:
+        scores = scores + slopes_of(shape).astype(np.float64)[:, None, None] * (j - i)
+    visible = (j <= i) & ((j > i - shape.window) if shape.window else True)
+    scores = np.where(visible, scores, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    out = np.einsum("htj,jhd->thd", p, v).reshape(end - begin, -1)
+    weight = np.einsum("htj,jhd->thd", p, np.abs(v)).reshape(end - begin, -1)
+    # An error e of a score is a relative error e of a probability; bf16 rounds each probability once.
+    size = np.einsum("thd,jhd->htj", np.abs(q), np.abs(k)).max() * shape.head_dim**-0.5
+    relative = 2e-6 * (1 + size) + (BF16_EPS if dots else 0)
+    return out, relative * 2 * weight + 1e-6
+
+
+SHAPES = [
+    Shape(),
+    Shape(format=F32_CACHE),
+    Shape(heads=9, kv_heads=3, head_dim=64, block_size=32),
+    Shape(heads=3, kv_heads=3, head_dim=80, block_size=48),
+    Shape(heads=7, kv_heads=1, head_dim=96, format=F32_CACHE),
+    Shape(heads=2, kv_heads=2, head_dim=8, block_size=128),
+    Shape(heads=2, kv_heads=1, head_dim=12, format=F32_CACHE, block_size=64),
+    Shape(heads=8, kv_heads=2, head_dim=128),
+    Shape(heads=2, kv_heads=1, head_dim=256, window=50),
+    Shape(heads=4, kv_heads=2, head_dim=512, format=F32_CACHE),
+    Shape(window=7, softcap=5.0),
+    Shape(window=70, format=F32_CACHE),
+    Shape(softcap=20.0, format=F32_CACHE),
+    Shape(alibi=True),
+    Shape(alibi=True, heads=60, kv_heads=1, head_dim=16),
+]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_prefill_chunks_and_decode_mixed(isa: str, shape: Shape) -> None:
+    sequences = [Sequence.random(shape, n, i) for i, n in enumerate([150, 1, 64, 65, 33])]
+    model = Model(isa, shape, sequences, threads=2)
+    steps = [
+        [(0, 0, 100), (1, 0, 1), (2, 0, 63)],
+        [(2, 63, 64), (3, 0, 65), (0, 100, 149), (4, 0, 31)],
+        [(4, 31, 33), (0, 149, 150)],
+    ]
+    for pieces in steps:
+        for (s, begin, end), got in zip(pieces, model.step(pieces), strict=True):
+            want, bound = reference(isa, shape, sequences[s], begin, end)
+            assert_within(got, want, bound)
+    assert model.run.gaps_untouched("out")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format", [F32_CACHE, BF16_CACHE])
+@pytest.mark.parametrize("window", [0, 40])
+def test_a_row_has_the_same_bits_however_it_is_batched(isa: str, format: int, window: int) -> None:
+    shape = Shape(heads=6, kv_heads=2, head_dim=48, format=format, window=window)
+    sequences = [Sequence.random(shape, n, i) for i, n in enumerate([140, 90, 20])]
+    whole = Model(isa, shape, sequences, threads=1).step([(0, 0, 140)])[0]
+
+    alone = Model(isa, shape, sequences, threads=2)
+    assert np.array_equal(np.concatenate([alone.step([(0, p, p + 1)])[0] for p in range(140)]), whole)
+
+    chunked = Model(isa, shape, sequences, threads=2)
+    parts = [chunked.step([(2, 0, 20), (0, 0, 37), (1, 0, 64)])[1]]
+    parts += [chunked.step([(0, 37, 101), (1, 64, 65)])[0], chunked.step([(1, 65, 90), (0, 101, 140)])[1]]
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format", [F32_CACHE, BF16_CACHE])
+def test_garbage_of_an_earlier_owner_of_a_block_does_not_leak(isa: str, format: int) -> None:
+    shape = Shape(format=format, head_dim=16)
+    poison = Sequence(*(np.full((40, c), np.nan, np.float32) for c in (64, 32, 32)))
+    clean = Sequence.random(shape, 37, 3)
+    model = Model(isa, shape, [poison, clean])
+    model.step([(0, 0, 40)])
+    model.blocks[1] = model.blocks[0]
+    for begin, end in [(0, 33), (33, 34), (34, 37)]:
+        got = model.step([(1, begin, end)])[0]
+        want, bound = reference(isa, shape, clean, begin, end)
+        assert_within(got, want, bound)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format", [F32_CACHE, BF16_CACHE])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_kv_write_is_rope_and_kv_write(isa: str, format: int, interleaved: bool) -> None:
+    heads, kv_heads, dim, rot, tokens, blocks = 4, 2, 24, 16, 9, 3
+    r = np.random.default_rng(4)
+    q, k, v = (r.normal(size=(tokens, h * dim)).astype(np.float32) for h in (heads, kv_heads, kv_heads))
+    positions, slots = r.integers(0, 30, tokens), r.permutation(16 * blocks)[:tokens]
+    table = rope_table(30, rot)
+    size = native.cache_bytes(kv_heads, dim, 16, blocks, format)
+    outputs = []
+    for fused in (True, False):
+        run = Runner(isa, 2)
+        cache = run.cache(size)
+        pq, pk, pv = run.put("q", q, q.shape[1] + 1), run.put("k", k, k.shape[1] + 2), run.put("v", v)
+        pos, where, tab = run.input(positions), run.input(slots), run.const(table)
+        out = run.place("out", tokens, heads * dim)
+        lds = [heads * dim + 1, kv_heads * dim + 2, kv_heads * dim]
+        geometry = [16, blocks, format]
+        if fused:
+            run.call("rope_kv_write", [out, cache, pq, pk, pv, tab, pos, where],
+                     [heads, kv_heads, dim, rot, heads * dim, *lds, int(interleaved), 30, *geometry])  # fmt: skip
+        else:
+            rope = [dim, rot, int(interleaved), 30]
+            run.call("rope", [out, pq, tab, pos], [0, heads, *rope[:2], heads * dim, lds[0], *rope[2:]])
+            run.call("rope", [pk, pk, tab, pos], [0, kv_heads, *rope[:2], lds[1], lds[1], *rope[2:]])
+            run.call("kv_write", [cache, pk, pv, where], [kv_heads, dim, *lds[1:], *geometry])
+        # Read the cache back: a query of zeros weighs all keys alike, so one slot at a time shows its value.
+        ints = [heads, kv_heads, dim, heads * dim, lds[0], *geometry, 0]
+        run.call("attention", [out, pq, cache, run.input([0]), run.input([1]), run.input([0, 0]), NONE], ints, [1, 0])
+        run.inputs[-3:] = [np.array(a, np.int32) for a in ([0, 1, 2], [16 * blocks], [0, tokens])]
+        run.run(tokens, 1)
+        outputs.append(run.view("out").copy())
+    assert np.array_equal(outputs[0], outputs[1])
+    want = rotate(q.reshape(tokens, heads, dim), table[positions], rot, interleaved)
+    assert np.isfinite(outputs[0]).all() and want.shape == (tokens, heads, dim)
