@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -87,6 +87,7 @@ class LLM:
 
     Args:
         model: folder, .gguf file or hub id; empty: the demo model.
+        progress: called with (done, total) bytes while weights are packed, which happens only the first time.
         **options: the other fields of :class:`pelton.EngineConfig`.
 
     Raises:
@@ -94,7 +95,9 @@ class LLM:
         PeltonError: the model cannot be loaded.
     """
 
-    def __init__(self, model: str = "", **options: Any) -> None:
+    def __init__(
+        self, model: str = "", *, progress: Callable[[int, int], None] | None = None, **options: Any
+    ) -> None:
         known = EngineConfig.field_names()
         for name in options:
             if name not in known:
@@ -106,7 +109,7 @@ class LLM:
         config = EngineConfig(model=model, **options)
         from .build import build
 
-        self._start(build(config), config)
+        self._start(build(config, progress), config)
 
     @classmethod
     def from_parts(cls, parts: Parts, config: EngineConfig | None = None) -> LLM:

