@@ -40,7 +40,7 @@ def write(path: Path, arch: str, metadata: dict[str, Any], tensors: dict[str, An
 
 
 #: Where the float16 scales of a block are: random bytes there would often be NaN.
-_SCALES_AT = {
+SCALES_AT = {
     Kind.Q4_0: (0,),
     Kind.Q4_1: (0, 2),
     Kind.Q5_0: (0,),
@@ -67,7 +67,7 @@ def random_blocks(kind: Kind, shape: tuple[int, ...], seed: int = 0) -> np.ndarr
     rng = np.random.default_rng(seed)
     count = int(np.prod(shape)) // block
     raw = rng.integers(0, 256, (count, size), dtype=np.uint8)
-    for at in _SCALES_AT[kind]:
+    for at in SCALES_AT[kind]:
         raw[:, at : at + 2] = rng.normal(0, 0.1, (count, 1)).astype(np.float16).view(np.uint8)
     return raw.reshape(*shape[:-1], shape[-1] // block * size)
 
