@@ -13,9 +13,9 @@ namespace pelton::cpu {
 
 const Contract* const* all_contracts() {
     static const Contract* const contracts[] = {
-        &kEmbedding,  &kTakeRows,        &kRmsNorm,    &kLayerNorm, &kAddRmsNorm, &kAddLayerNorm, &kLinear,
-        &kActivation, &kGatedActivation, &kAdd,        &kMul,       &kScale,      &kSoftcap,      &kRope,
-        &kKvWrite,    &kRopeKvWrite,     &kAttention, nullptr};
+        &kEmbedding, &kTakeRows,   &kRmsNorm,         &kLayerNorm,   &kAddRmsNorm, &kAddLayerNorm,
+        &kLinear,    &kActivation, &kGatedActivation, &kAdd,         &kMul,        &kScale,
+        &kSoftcap,   &kRope,       &kKvWrite,         &kRopeKvWrite, &kAttention,  nullptr};
     return contracts;
 }
 

@@ -106,8 +106,8 @@ void Executor::add_call(const std::string& kernel, const std::vector<OperandRef>
         if (kind != 'a') {
             const size_t count = kind == 'k' ? caches_.size() : constants_.size();
             if (ref.index < 0 || static_cast<size_t>(ref.index) >= count) reject(*contract, name + ": no such index");
-            whole = kind == 'k' ? Operand{caches_[ref.index]->data(), caches_[ref.index]->size()}
-                                : constants_[ref.index];
+            whole =
+                kind == 'k' ? Operand{caches_[ref.index]->data(), caches_[ref.index]->size()} : constants_[ref.index];
         }
         // Kernels read f32 and pairs of bf16; a table of bytes has no need of it but is aligned as well.
         if (ref.offset < 0 || ref.offset > whole.bytes || ref.offset % 4) {
@@ -208,16 +208,16 @@ void Executor::walk(int thread, std::vector<double>* per_call) {
             work.stage(*work.call, 0, work.cut.items, worker);
         }
         if (work.barrier || per_call) pool_.barrier();
-        if (per_call && thread == 0) {
+        if (!per_call) continue;
+        if (thread == 0) {
             const double now = seconds_now();
-            size_t index = 0;
             // Calls are stored in order, so the address tells the index.
-            index = static_cast<size_t>((reinterpret_cast<const char*>(work.call) -
-                                         reinterpret_cast<const char*>(&calls_[0].call)) /
-                                        static_cast<ptrdiff_t>(sizeof(PlannedCall)));
-            (*per_call)[index] += now - before;
+            const auto offset =
+                reinterpret_cast<const char*>(work.call) - reinterpret_cast<const char*>(&calls_[0].call);
+            (*per_call)[offset / static_cast<ptrdiff_t>(sizeof(PlannedCall))] += now - before;
             before = now;
         }
+        pool_.barrier();  // nobody starts the next stage before the clock was read
     }
 }
 

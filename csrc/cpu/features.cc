@@ -39,20 +39,13 @@ std::vector<std::pair<std::string, bool>> detect_flags() {
     const bool tiles = (states & 0x60000) == 0x60000;  // the kernel still has to grant them per process
     const Leaf l1 = leaf(1), l7 = leaf(7), l71 = leaf(7, 1);
     auto bit = [](unsigned word, int i) { return ((word >> i) & 1u) != 0; };
-    flags = {{"avx2", ymm && bit(l7.ebx, 5)},
-             {"fma", ymm && bit(l1.ecx, 12)},
-             {"f16c", ymm && bit(l1.ecx, 29)},
-             {"avx512f", zmm && bit(l7.ebx, 16)},
-             {"avx512dq", zmm && bit(l7.ebx, 17)},
-             {"avx512bw", zmm && bit(l7.ebx, 30)},
-             {"avx512vl", zmm && bit(l7.ebx, 31)},
-             {"avx512_vbmi", zmm && bit(l7.ecx, 1)},
-             {"avx512_vnni", zmm && bit(l7.ecx, 11)},
-             {"avx512_bf16", zmm && bit(l71.eax, 5)},
-             {"avx512_fp16", zmm && bit(l7.edx, 23)},
-             {"avx_vnni", ymm && bit(l71.eax, 4)},
-             {"amx_bf16", tiles && bit(l7.edx, 22)},
-             {"amx_int8", tiles && bit(l7.edx, 25)}};
+    flags = {{"avx2", ymm && bit(l7.ebx, 5)},         {"fma", ymm && bit(l1.ecx, 12)},
+             {"f16c", ymm && bit(l1.ecx, 29)},        {"avx512f", zmm && bit(l7.ebx, 16)},
+             {"avx512dq", zmm && bit(l7.ebx, 17)},    {"avx512bw", zmm && bit(l7.ebx, 30)},
+             {"avx512vl", zmm && bit(l7.ebx, 31)},    {"avx512_vbmi", zmm && bit(l7.ecx, 1)},
+             {"avx512_vnni", zmm && bit(l7.ecx, 11)}, {"avx512_bf16", zmm && bit(l71.eax, 5)},
+             {"avx512_fp16", zmm && bit(l7.edx, 23)}, {"avx_vnni", ymm && bit(l71.eax, 4)},
+             {"amx_bf16", tiles && bit(l7.edx, 22)},  {"amx_int8", tiles && bit(l7.edx, 25)}};
 #elif defined(__aarch64__)
     flags = {{"neon", true}};
 #endif

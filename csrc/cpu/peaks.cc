@@ -67,7 +67,8 @@ std::vector<std::pair<std::string, double>> measure_peaks(const std::string& isa
                        }));
     const auto compute = [&](const char* name, float (*kernel)(int64_t), double ops) {
         if (!kernel) return;
-        peaks.emplace_back(name, best_rate(pool, ops * kRounds * threads, seconds, [&](int) { return kernel(kRounds); }));
+        peaks.emplace_back(name,
+                           best_rate(pool, ops * kRounds * threads, seconds, [&](int) { return kernel(kRounds); }));
     };
     compute("f32", kernels.f32, kernels.f32_ops);
     compute("bf16", kernels.bf16, kernels.bf16_ops);

@@ -6,18 +6,18 @@
 #include "cpu/features.h"
 
 // The translation units of a tier that define kernels of their own.
-#define PELTON_DECLARE_COMMON(isa)               \
-    namespace pelton::cpu::isa {                 \
-    extern const Kernel embedding_kernels[];     \
-    extern const Kernel norm_kernels[];          \
-    extern const Kernel elementwise_kernels[];   \
-    extern const Kernel rope_kernels[];          \
+#define PELTON_DECLARE_COMMON(isa)             \
+    namespace pelton::cpu::isa {               \
+    extern const Kernel embedding_kernels[];   \
+    extern const Kernel norm_kernels[];        \
+    extern const Kernel elementwise_kernels[]; \
+    extern const Kernel rope_kernels[];        \
     }
-#define PELTON_DECLARE_SPECIAL(isa)              \
-    namespace pelton::cpu::isa {                 \
-    extern const Kernel linear_kernels[];        \
-    extern const Kernel attention_kernels[];     \
-    extern const PeakKernels peak_kernels;       \
+#define PELTON_DECLARE_SPECIAL(isa)          \
+    namespace pelton::cpu::isa {             \
+    extern const Kernel linear_kernels[];    \
+    extern const Kernel attention_kernels[]; \
+    extern const PeakKernels peak_kernels;   \
     }
 
 PELTON_DECLARE_COMMON(generic)
@@ -51,10 +51,7 @@ const std::vector<Tier>& tiers() {
 #if defined(__x86_64__)
         {"avx2", {"avx2", "fma", "f16c"}, {PELTON_ALL(avx2)}, &avx2::peak_kernels},
         {"avx512", {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, {PELTON_ALL(avx512)}, &avx512::peak_kernels},
-        {"avx512_bf16",
-         {"avx512_bf16", "avx512_vnni"},
-         {PELTON_SPECIAL(avx512_bf16)},
-         &avx512_bf16::peak_kernels},
+        {"avx512_bf16", {"avx512_bf16", "avx512_vnni"}, {PELTON_SPECIAL(avx512_bf16)}, &avx512_bf16::peak_kernels},
 #endif
     };
     return all;

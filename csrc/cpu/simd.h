@@ -65,9 +65,11 @@ PELTON_INLINE VU widen(VH v) { return __builtin_convertvector(v, VU); }
 
 PELTON_INLINE VF fma(VF a, VF b, VF c) {
 #if defined(__AVX512F__)
-    return reinterpret_cast<VF>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+    return reinterpret_cast<VF>(
+        _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
 #elif defined(__AVX2__)
-    return reinterpret_cast<VF>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+    return reinterpret_cast<VF>(
+        _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
 #elif defined(__aarch64__)
     return vfmaq_f32(c, a, b);
 #else
@@ -119,26 +121,42 @@ PELTON_INLINE void store_n(float* p, VF v, int64_t n) {
 #endif
 }
 
-PELTON_INLINE float sum(VF v) {  // a tree of fixed shape
-    float lanes[kW];
-    store(lanes, v);
-    PELTON_UNROLL
-    for (int half = kW / 2; half > 0; half /= 2) {
-        PELTON_UNROLL
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    }
-    return lanes[0];
+// Folds the lanes in a tree of fixed shape: lane i with lane i ^ kW/2, and so on. The orders are written
+// out because the compiler builds them at run time from a loop.
+template <class F>
+PELTON_INLINE float fold(VF v, F f) {
+#if defined(__AVX512F__)
+    v = f(v, __builtin_shuffle(v, VI{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}));
+    v = f(v, __builtin_shuffle(v, VI{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11}));
+    v = f(v, __builtin_shuffle(v, VI{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13}));
+    v = f(v, __builtin_shuffle(v, VI{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}));
+#elif defined(__AVX2__)
+    v = f(v, __builtin_shuffle(v, VI{4, 5, 6, 7, 0, 1, 2, 3}));
+    v = f(v, __builtin_shuffle(v, VI{2, 3, 0, 1, 6, 7, 4, 5}));
+    v = f(v, __builtin_shuffle(v, VI{1, 0, 3, 2, 5, 4, 7, 6}));
+#else
+    v = f(v, __builtin_shuffle(v, VI{2, 3, 0, 1}));
+    v = f(v, __builtin_shuffle(v, VI{1, 0, 3, 2}));
+#endif
+    return v[0];
+}
+
+PELTON_INLINE float sum(VF v) {
+    return fold(v, [](VF a, VF b) { return a + b; });
 }
 
 PELTON_INLINE float max_lane(VF v) {
-    float lanes[kW];
-    store(lanes, v);
-    PELTON_UNROLL
-    for (int half = kW / 2; half > 0; half /= 2) {
-        PELTON_UNROLL
-        for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-    }
-    return lanes[0];
+    return fold(v, [](VF a, VF b) { return max(a, b); });
+}
+
+PELTON_INLINE VF lane_numbers() {
+#if defined(__AVX512F__)
+    return VF{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif defined(__AVX2__)
+    return VF{0, 1, 2, 3, 4, 5, 6, 7};
+#else
+    return VF{0, 1, 2, 3};
+#endif
 }
 
 PELTON_INLINE float sqrt_scalar(float x) { return __builtin_sqrtf(x); }
@@ -207,7 +225,8 @@ PELTON_INLINE float from_bf16_scalar(uint16_t h) {
 #if defined(__AVX512BF16__)
 // acc + low(a)*low(b) + high(a)*high(b) per lane.
 PELTON_INLINE VF dot_pairs(VF acc, VU a, VU b) {
-    return reinterpret_cast<VF>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
+    return reinterpret_cast<VF>(
+        _mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
 }
 #endif
 

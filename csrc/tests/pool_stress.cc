@@ -51,8 +51,8 @@ static void stress_executor(int threads, int steps) {
     for (int i = 0; i < kCols; ++i) weight[(i / 64 * kCols + i) * 64 + i % 64] = 1.0f;
     executor.add_constant(reinterpret_cast<const char*>(weight.data()), static_cast<int64_t>(weight.size()) * 4);
     for (int i = 0; i < 20; ++i) {
-        executor.add_call("add", {{"arena", 0, size}, {"arena", 0, 0}, {"arena", 0, 0}}, {0, kCols, kCols, kCols, kCols},
-                          {});
+        executor.add_call("add", {{"arena", 0, size}, {"arena", 0, 0}, {"arena", 0, 0}},
+                          {0, kCols, kCols, kCols, kCols}, {});
         executor.add_call("linear", {{"arena", 0, 2 * size}, {"arena", 0, size}, {"const", 0, 0}, {"none", 0, 0}},
                           {0, kCols, kCols, kCols, kCols, 0, 0, 0, 0, 0, 0}, {});
         executor.add_call("scale", {{"arena", 0, 0}, {"arena", 0, 2 * size}}, {0, kCols, kCols, kCols}, {0.5});

@@ -23,15 +23,18 @@ from .packed_cache import open_or_pack
 Bytes = npt.NDArray[np.uint8]
 
 
-def constant_bytes(constant: Constant) -> int:
-    """Size of a constant after packing, known without reading it."""
+def constant_bytes(constant: Constant, *, as_floats: bool = False) -> int:
+    """Size of a constant after packing, known without reading it; or as the oracle keeps it, in float32."""
     if constant.expr is None:
         attrs = dict(constant.attrs)
-        return 4 * (attrs["positions"] * attrs["rotary_dim"] if constant.packing == "rope" else attrs["num_heads"])
+        count = attrs["positions"] * attrs["rotary_dim"] if constant.packing == "rope" else attrs["num_heads"]
+        return 4 * int(count)
     type = constant.expr.tensor
     if constant.packing == "vector":
         return 4 * int(type.shape[0])
     rows, cols = (int(d) for d in type.shape)
+    if as_floats:
+        return 4 * rows * cols
     sizes = {"panels": packing.linear_nbytes, "rows": packing.rows_nbytes}
     return sizes[constant.packing](rows, cols, type.dtype)
 
@@ -85,6 +88,9 @@ class CpuExecutor:
         from . import _native
 
         self.program, self.isa, self.threads = program, isa, threads
+        # A step reads all matrices and vectors once, in the form they are packed in.
+        read_once = sum(constant_bytes(c) for c in program.constants if c.packing in ("panels", "vector"))
+        self._step_bytes = {**program.bytes, "1": float(read_once)}
         self._kv_spec = kv_spec
         self._sampler = sampler
         self._tickets: dict[int, StepOutput] = {}
@@ -104,33 +110,38 @@ class CpuExecutor:
         self, read: Callable[[str], HostTensor], content_key: str | None, on_packed: Callable[[int], None]
     ) -> list[Bytes]:
         constants = self.program.constants
-        sizes = [constant_bytes(c) for c in constants]
+        # Tables of cosines are quick to make and depend on max_model_len: they stay out of the cache.
+        weights = [c for c in constants if c.expr is not None]
+        sizes = [constant_bytes(c) for c in weights]
 
         def pack(index: int) -> Bytes:
-            constant = constants[index]
-            if constant.packing == "panels":
-                return packing.pack_linear(evaluate(_expr(constant), read))
-            if constant.packing == "rows":
-                return packing.pack_rows(evaluate(_expr(constant), read))
-            return vector(constant, read).view(np.uint8).reshape(-1)
+            constant = weights[index]
+            if constant.packing == "vector":
+                return _bytes(vector(constant, read))
+            value = evaluate(_expr(constant), read)
+            return packing.pack_linear(value) if constant.packing == "panels" else packing.pack_rows(value)
 
         def report(index: int) -> None:
             on_packed(sizes[index])
 
+        packed: list[Bytes] | None = None
         if content_key is not None:
-            recipe = "\n".join(line for line in print_program(self.program).splitlines() if line.startswith("const"))
-            key = hashlib.sha256(f"{packing.VERSION}\n{content_key}\n{recipe}".encode()).hexdigest()[:32]
+            recipe = [line for line in print_program(self.program).splitlines() if line.startswith("const")]
+            recipe = [line for line, c in zip(recipe, constants, strict=True) if c.expr is not None]
+            key = hashlib.sha256("\n".join([str(packing.VERSION), content_key, *recipe]).encode()).hexdigest()[:32]
             try:
-                return open_or_pack(key, sizes, pack, report)
+                packed = open_or_pack(key, sizes, pack, report)
             except OSError as error:
                 warnings.warn(
                     f"packed weights are not kept: {error}; set PELTON_CACHE to a writable folder", stacklevel=2
                 )
-        packed = []
-        for index in range(len(constants)):
-            packed.append(pack(index))
-            report(index)
-        return packed
+        if packed is None:
+            packed = []
+            for index in range(len(weights)):
+                packed.append(pack(index))
+                report(index)
+        rest = iter(packed)
+        return [_bytes(vector(c, read)) if c.expr is None else next(rest) for c in constants]
 
     @property
     def kv_spec(self) -> KVSpec:
@@ -163,7 +174,7 @@ class CpuExecutor:
     def submit(self, batch: Batch) -> int:
         inputs = step_inputs(batch, self._kv_spec.block_size)
         logits, seconds = self._run(inputs)
-        flops, size = (inputs.shape.evaluate(c) for c in (self.program.flops, self.program.bytes))
+        flops, size = (inputs.shape.evaluate(c) for c in (self.program.flops, self._step_bytes))
         self._next_ticket += 1
         tokens = sample_rows(batch, logits, self._sampler)
         self._tickets[self._next_ticket] = StepOutput(tokens, StepStats(seconds, flops, size))
@@ -174,6 +185,10 @@ class CpuExecutor:
 
     def close(self) -> None:
         self._native.close()
+
+
+def _bytes(values: npt.NDArray[np.float32]) -> Bytes:
+    return values.view(np.uint8).reshape(-1)
 
 
 def _expr(constant: Constant) -> Any:

@@ -29,9 +29,10 @@ def content_hash(files: Sequence[Path]) -> str:
     """SHA-256 over the files' bytes. Known results are kept by path, size and time of change."""
     index_path = cache_dir() / "content-hashes.json"
     try:
-        index: dict[str, str] = json.loads(index_path.read_text())
+        kept = json.loads(index_path.read_text())
     except (OSError, ValueError):
-        index = {}
+        kept = None
+    index: dict[str, str] = kept if isinstance(kept, dict) else {}
     digests, changed = [], False
     for file in files:
         stat = file.stat()
@@ -66,15 +67,7 @@ def open_or_pack(
         return found
 
     def chunks() -> Iterator[bytes | memoryview]:
-        header: dict[str, Any] = {}
-        offset = 0
-        for i, size in enumerate(sizes):
-            end = offset + _aligned(size)  # padded to whole pages, so that every constant starts on one
-            header[str(i)] = {"dtype": "U8", "shape": [end - offset], "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header).encode()
-        text += b" " * (_aligned(8 + len(text)) - 8 - len(text))
-        yield len(text).to_bytes(8, "little") + text
+        yield _header(sizes)
         for i, size in enumerate(sizes):
             data = pack(i)
             assert data.nbytes == size, f"constant {i}: {data.nbytes} bytes packed, {size} expected"
@@ -93,20 +86,36 @@ def _aligned(offset: int) -> int:
     return -(-offset // _PAGE) * _PAGE
 
 
+def _header(sizes: Sequence[int]) -> bytes:
+    """The file up to its data: whole pages, and constants padded to pages, so that each starts on one."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for i, size in enumerate(sizes):
+        end = offset + _aligned(size)
+        header[str(i)] = {"dtype": "U8", "shape": [end - offset], "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (_aligned(8 + len(text)) - 8 - len(text))
+    return len(text).to_bytes(8, "little") + text
+
+
 def _open(path: Path, sizes: Sequence[int]) -> list[Bytes] | None:
-    """The mmapped constants, or None if there is no file or it is not what would be written."""
+    """The mmapped constants, or None if there is no file or it is not what would be written.
+
+    The header must be the very one that these sizes give, and the length must fit; data is not read.
+    """
+    header = _header(sizes)
     try:
-        data = np.memmap(path, np.uint8, mode="r")
-        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-        header: dict[str, Any] = json.loads(data[8:start].tobytes())
-        spans = [header[str(i)]["data_offsets"] for i in range(len(sizes))]
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = np.asarray(np.memmap(path, np.uint8, mode="r"))
+    except (OSError, ValueError):  # ValueError: an empty file
         return None
-    end = spans[-1][1] if spans else 0
-    if [b - a for a, b in spans] != list(map(_aligned, sizes)) or start % _PAGE or start + end != len(data):
+    if len(whole) != len(header) + sum(map(_aligned, sizes)) or whole[: len(header)].tobytes() != header:
         return None
-    whole = np.asarray(data)
-    return [whole[start + a : start + a + size] for (a, _), size in zip(spans, sizes, strict=True)]
+    constants, offset = [], len(header)
+    for size in sizes:
+        constants.append(whole[offset : offset + size])
+        offset += _aligned(size)
+    return constants
 
 
 def _write_atomically(path: Path, chunks: Any) -> None:
@@ -116,6 +125,8 @@ def _write_atomically(path: Path, chunks: Any) -> None:
         with os.fdopen(handle, "wb") as stream:
             for chunk in chunks:
                 stream.write(chunk)
+            stream.flush()
+            os.fsync(handle)  # or a power failure could leave a file of the right name and length, full of zeros
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

@@ -23,7 +23,8 @@ from pelton.graph.types import BF16, F16, F32, ElementType, GroupQuant
 
 Bytes: TypeAlias = "npt.NDArray[np.uint8]"
 
-#: Part of the key of packed weights kept on disk: raise it whenever a layout changes.
+#: Part of the key of packed weights kept on disk: raise it whenever a layout changes, or what a reader
+#: of checkpoints yields.
 VERSION = 1
 #: Output columns per panel: kPanel of the kernels.
 PANEL = 64

@@ -24,10 +24,11 @@ def measured_peaks(isa: str, threads: int, *, fresh: bool = False) -> dict[str, 
     try:
         kept = json.loads(path.read_text())
     except (OSError, ValueError):
-        kept = {}
-    entry = kept.get(key)
-    if not fresh and entry and time.time() - entry["time"] < _MAX_AGE:
-        return dict(entry["peaks"])
+        kept = None
+    kept = kept if isinstance(kept, dict) else {}
+    with contextlib.suppress(LookupError, TypeError, ValueError):  # no such figure, or a damaged file
+        if not fresh and time.time() - kept[key]["time"] < _MAX_AGE:
+            return {str(name): float(value) for name, value in kept[key]["peaks"].items()}
     peaks: dict[str, float] = _native.measure_peaks(isa, threads)
     kept[key] = {"time": time.time(), "peaks": peaks}
     with contextlib.suppress(OSError):  # only a shortcut: without it the next start measures again

@@ -73,7 +73,9 @@ BAD_CALLS: list[tuple[str, list[Any], list[int], list[float], str]] = [
 ]
 
 
-@pytest.mark.parametrize("kernel,operands,ints,floats,message", BAD_CALLS, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    "kernel,operands,ints,floats,message", BAD_CALLS, ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_a_call_that_does_not_fit_its_contract_is_refused(
     kernel: str, operands: list[Any], ints: list[int], floats: list[float], message: str
 ) -> None:

@@ -105,10 +105,14 @@ static std::string plan(Call& call, Step& step) {
     call.ints[kTableWidth] = table_size / sequences;
 
     // Layers repeat the same attention: check and cut it once per step.
-    const int64_t key[] = {call.operands[kBlockTable].bytes, call.operands[kSeqLens].bytes,
-                           call.operands[kQueryStart].bytes, call.ints[kHeads],
-                           call.ints[kKvHeads],              call.ints[kBlockSize],
-                           call.ints[kNumBlocks],            call.ints[kWindow]};
+    const int64_t key[] = {call.operands[kBlockTable].bytes,
+                           call.operands[kSeqLens].bytes,
+                           call.operands[kQueryStart].bytes,
+                           call.ints[kHeads],
+                           call.ints[kKvHeads],
+                           call.ints[kBlockSize],
+                           call.ints[kNumBlocks],
+                           call.ints[kWindow]};
     AttentionPlan* found = nullptr;
     for (size_t i = 0; i < step.num_attention_plans && !found; ++i) {
         AttentionPlan& candidate = step.attention_plans[i];
@@ -137,6 +141,11 @@ const Contract kAttention = {
     "operands [out(arena), q(arena), cache(cache), block_table(input), seq_lens(input), query_start_loc(input), "
     "alibi_slopes(const or none)]; ints [heads, kv_heads, head_dim, ld_out, ld_q, block_size, num_blocks, "
     "cache_format, window]; floats [scale, softcap]",
-    "aakiiiC", 9, 2, validate, plan, scratch_bytes};
+    "aakiiiC",
+    9,
+    2,
+    validate,
+    plan,
+    scratch_bytes};
 
 }  // namespace pelton::cpu

@@ -6,7 +6,7 @@
 // Batch invariance: key tiles start at multiples of kKeyTile, and every operation on a row is done in an
 // order that depends on nothing but the key positions. A tile that is masked for a row leaves it as it is.
 #include "cpu/ops/attention/contract.h"
-
+#include "cpu/row_tiles.h"
 #include "cpu/simd_math.h"
 
 namespace pelton::cpu::PELTON_ISA {
@@ -26,10 +26,10 @@ struct Bf16Cache {
 };
 
 struct Scratch {
-    char* queries;         // [kRowTile][padded], f32, or bf16 when kDot
-    float* scores;         // [kRowTile][kKeyTile]
-    char* probabilities;   // the same as f32, or bf16 when kDot
-    float* output;         // [kRowTile][padded]
+    char* queries;        // [kRowTile][padded], f32, or bf16 when kDot
+    float* scores;        // [kRowTile][kKeyTile]
+    char* probabilities;  // the same as f32, or bf16 when kDot
+    float* output;        // [kRowTile][padded]
     float *maxima, *sums, *corrections;
 };
 
@@ -38,9 +38,9 @@ struct Problem {
     CacheLayout layout;
     int64_t head_dim, block_size, group, window;
     float scale, cap;
-    const int32_t* block_table;  // row of this sequence
+    const int32_t* block_table;       // row of this sequence
     int64_t seq_len, first_position;  // of query token 0
-    const char* cache;           // of this KV head in block 0
+    const char* cache;                // of this KV head in block 0
 };
 
 // Where the 16-token groups of a key tile lie; groups beyond the last token repeat the last one.
@@ -155,7 +155,8 @@ PELTON_INLINE void value_columns(const char* p, const float* corrections, const 
                     for (int v = 0; v < kVecs; ++v) acc[m][v] = dot_pairs(acc[m][v], pair, lanes[v]);
 #endif
                 } else if constexpr (Cache::kPairs) {
-                    VF x0 = splat(reinterpret_cast<const float*>(x)[0]), x1 = splat(reinterpret_cast<const float*>(x)[1]);
+                    VF x0 = splat(reinterpret_cast<const float*>(x)[0]),
+                       x1 = splat(reinterpret_cast<const float*>(x)[1]);
                     PELTON_UNROLL
                     for (int v = 0; v < kVecs; ++v) {
                         acc[m][v] = fma(x0, pair_low(lanes[v]), acc[m][v]);
@@ -188,16 +189,11 @@ void value_tile(const char* p, const float* corrections, const TileAddress& at, 
 
 // ---- softmax of one row over one key tile
 
-template <class Cache>
-void softmax_row(const Problem& p, int64_t position, int64_t begin, int64_t num_keys, float slope, const Scratch& s,
-                 int64_t row) {
-    // Lanes [low, high) are visible to the query.
-    int64_t low = 0, high = position + 1 - begin;
-    if (p.window && position - p.window + 1 > begin) low = position - p.window + 1 - begin;
-    if (high > num_keys) high = num_keys;
-    float lane_numbers[kW];
-    for (int i = 0; i < kW; ++i) lane_numbers[i] = static_cast<float>(i);
-    const VF lanes = load(lane_numbers);
+// kMasked: some of the 64 keys are invisible. Visible lanes are computed alike either way.
+template <class Cache, bool kMasked>
+void softmax_row(const Problem& p, int64_t position, int64_t begin, int64_t low, int64_t high, float slope,
+                 const Scratch& s, int64_t row) {
+    const VF lanes = lane_numbers();
     const VF first = splat(static_cast<float>(low)), last = splat(static_cast<float>(high));
 
     float* scores = s.scores + row * kKeyTile;
@@ -209,22 +205,25 @@ void softmax_row(const Problem& p, int64_t position, int64_t begin, int64_t num_
         VF x = load(scores + v * kW) * p.scale;
         if (p.cap != 0.0f) x = tanh(x / p.cap) * p.cap;
         if (slope != 0.0f) x += (index + static_cast<float>(begin - position)) * slope;
-        x = index < first ? splat(kMinusInfinity) : x;
-        values[v] = index < last ? x : splat(kMinusInfinity);
-        maximum = max(maximum, values[v]);
+        if (kMasked) {
+            x = index < first ? splat(kMinusInfinity) : x;
+            x = index < last ? x : splat(kMinusInfinity);
+        }
+        values[v] = x;
+        maximum = max(maximum, x);
     }
     const float before = s.maxima[row], tile = max_lane(maximum);
     const float now = before > tile ? before : tile;
     s.maxima[row] = now;
     // While nothing is visible the maximum stays -inf; subtract 0 then, as -inf - -inf is NaN.
     const float shift = now == kMinusInfinity ? 0.0f : now;
-    const float correction = before == now ? 1.0f : exp(splat(before - shift))[0];
+    const float correction = before == now ? 1.0f : exp_nonpositive(splat(before - shift))[0];
     s.corrections[row] = correction;
 
     VF total = {};
     PELTON_UNROLL
     for (int v = 0; v < kKeyTile / kW; ++v) {
-        VF e = exp(values[v] - shift);
+        VF e = exp_nonpositive(values[v] - shift);
         if constexpr (Cache::kDot) {
             VH rounded = to_bf16(e);
             store_u16(s.probabilities + (row * kKeyTile + v * kW) * 2, rounded);
@@ -237,24 +236,21 @@ void softmax_row(const Problem& p, int64_t position, int64_t begin, int64_t num_
     s.sums[row] = s.sums[row] * correction + sum(total);
 }
 
-// Calls f<rows>(first row) for register tiles that cover `rows` rows.
-template <class F>
-PELTON_INLINE void for_row_tiles(int64_t rows, F f) {
-    int64_t m = 0;
-    for (; m + kTileRows <= rows; m += kTileRows) f.template operator()<kTileRows>(m);
-    switch (rows - m) {
-        case 5:
-            return f.template operator()<(kTileRows > 5 ? 5 : 1)>(m);
-        case 4:
-            return f.template operator()<(kTileRows > 4 ? 4 : 1)>(m);
-        case 3:
-            return f.template operator()<3>(m);
-        case 2:
-            return f.template operator()<2>(m);
-        case 1:
-            return f.template operator()<1>(m);
-        default:
-            return;
+template <class Cache>
+void softmax_tile(const Problem& p, const AttentionTile& tile, const float* slopes, int64_t begin, int64_t num_keys,
+                  const Scratch& s) {
+    for (int64_t i = 0; i < tile.row_end - tile.row_begin; ++i) {
+        const int64_t row = tile.row_begin + i, position = p.first_position + row / p.group;
+        const float slope = slopes ? slopes[tile.kv_head * p.group + row % p.group] : 0.0f;
+        // Lanes [low, high) are visible to the query.
+        int64_t low = 0, high = position + 1 - begin;
+        if (p.window && position - p.window + 1 > begin) low = position - p.window + 1 - begin;
+        if (high > num_keys) high = num_keys;
+        if (low == 0 && high == kKeyTile) {
+            softmax_row<Cache, false>(p, position, begin, low, high, slope, s, i);
+        } else {
+            softmax_row<Cache, true>(p, position, begin, low, high, slope, s, i);
+        }
     }
 }
 
@@ -296,16 +292,12 @@ void attend(const Problem& p, const AttentionTile& tile, const Scratch& s) {
         const int64_t end = last + 1 - begin < kKeyTile ? last + 1 : begin + kKeyTile;
         const int64_t num_keys = end - begin;
         const TileAddress at = address_tile(p, begin, end);
-        for_row_tiles(rows, [&]<int kRows>(int64_t m) {
+        for_row_tiles<kTileRows>(rows, [&]<int kRows>(int64_t m) {
             score_tile<Cache, kRows>(s.queries + m * q_stride, q_stride, at, head_dim, p.block_size, num_keys,
                                      s.scores + m * kKeyTile);
         });
-        for (int64_t i = 0; i < rows; ++i) {
-            const int64_t row = tile.row_begin + i;
-            const float slope = slopes ? slopes[tile.kv_head * p.group + row % p.group] : 0.0f;
-            softmax_row<Cache>(p, p.first_position + row / p.group, begin, num_keys, slope, s, i);
-        }
-        for_row_tiles(rows, [&]<int kRows>(int64_t m) {
+        softmax_tile<Cache>(p, tile, slopes, begin, num_keys, s);
+        for_row_tiles<kTileRows>(rows, [&]<int kRows>(int64_t m) {
             value_tile<Cache, kRows>(s.probabilities + m * kKeyTile * (Cache::kDot ? 2 : 4), s.corrections + m, at,
                                      padded, num_keys, s.output + m * padded);
         });

@@ -32,19 +32,38 @@ static std::string plan(Call& call, Step& step) {
     return "";
 }
 
-const Contract kAdd = {"add", "operands [out, a, b] (arena); ints [rows_dim, cols, ld_out, ld_a, ld_b]",
-                       "aaa", 5, 0, validate, plan<3>, no_scratch};
-const Contract kMul = {"mul", "operands [out, a, b] (arena); ints [rows_dim, cols, ld_out, ld_a, ld_b]",
-                       "aaa", 5, 0, validate, plan<3>, no_scratch};
+const Contract kAdd = {"add",   "operands [out, a, b] (arena); ints [rows_dim, cols, ld_out, ld_a, ld_b]",
+                       "aaa",   5,
+                       0,       validate,
+                       plan<3>, no_scratch};
+const Contract kMul = {"mul",   "operands [out, a, b] (arena); ints [rows_dim, cols, ld_out, ld_a, ld_b]",
+                       "aaa",   5,
+                       0,       validate,
+                       plan<3>, no_scratch};
 const Contract kScale = {"scale", "operands [out, x] (arena); ints [rows_dim, cols, ld_out, ld_x]; floats [factor]",
-                         "aa", 4, 1, validate, plan<2>, no_scratch};
+                         "aa",    4,
+                         1,       validate,
+                         plan<2>, no_scratch};
 const Contract kSoftcap = {"softcap", "operands [out, x] (arena); ints [rows_dim, cols, ld_out, ld_x]; floats [cap]",
-                           "aa", 4, 1, validate_softcap, plan<2>, no_scratch};
-const Contract kActivation = {"activation", "operands [out, x] (arena); ints [rows_dim, cols, ld_out, ld_x, kind]",
-                              "aa", 5, 0, validate_activation, plan<2>, no_scratch};
+                           "aa",      4,
+                           1,         validate_softcap,
+                           plan<2>,   no_scratch};
+const Contract kActivation = {"activation",
+                              "operands [out, x] (arena); ints [rows_dim, cols, ld_out, ld_x, kind]",
+                              "aa",
+                              5,
+                              0,
+                              validate_activation,
+                              plan<2>,
+                              no_scratch};
 const Contract kGatedActivation = {
     "gated_activation",
     "operands [out, gate, up] (arena); ints [rows_dim, cols, ld_out, ld_gate, ld_up, kind]",
-    "aaa", 6, 0, validate_gated, plan<3>, no_scratch};
+    "aaa",
+    6,
+    0,
+    validate_gated,
+    plan<3>,
+    no_scratch};
 
 }  // namespace pelton::cpu

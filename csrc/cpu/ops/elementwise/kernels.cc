@@ -1,5 +1,4 @@
 #include "cpu/ops/elementwise/contract.h"
-
 #include "cpu/simd_math.h"
 
 namespace pelton::cpu::PELTON_ISA {

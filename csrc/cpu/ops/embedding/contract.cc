@@ -39,16 +39,16 @@ static std::string plan_embedding(Call& call, Step& step) {
     return error;
 }
 
-const Contract kEmbedding = {
-    "embedding",
-    "operands [out(arena), table(const), ids(input)]; ints [rows_dim, cols, ld_out, vocab, format, bits_stored, group_size, "
-    "has_min, scale_is_f32, offset]",
-    "aci",
-    10,
-    0,
-    validate_embedding,
-    plan_embedding,
-    no_scratch};
+const Contract kEmbedding = {"embedding",
+                             "operands [out(arena), table(const), ids(input)]; ints [rows_dim, cols, ld_out, vocab, "
+                             "format, bits_stored, group_size, "
+                             "has_min, scale_is_f32, offset]",
+                             "aci",
+                             10,
+                             0,
+                             validate_embedding,
+                             plan_embedding,
+                             no_scratch};
 
 static std::string validate_take_rows(const Call& call) {
     return call.ints[take_rows::kCols] < 1 ? "cols must be positive" : "";
@@ -64,10 +64,13 @@ static std::string plan_take_rows(Call& call, Step& step) {
     return error;
 }
 
-const Contract kTakeRows = {
-    "take_rows",      "operands [out(arena), x(arena), indices(input)]; ints [cols, ld_out, ld_x]",
-    "aai",            3,
-    0,                validate_take_rows,
-    plan_take_rows,   no_scratch};
+const Contract kTakeRows = {"take_rows",
+                            "operands [out(arena), x(arena), indices(input)]; ints [cols, ld_out, ld_x]",
+                            "aai",
+                            3,
+                            0,
+                            validate_take_rows,
+                            plan_take_rows,
+                            no_scratch};
 
 }  // namespace pelton::cpu

@@ -20,8 +20,8 @@ LinearShape linear_shape(const Call& call) {
     } else {
         const int64_t group = ints[kGroupSize];
         shape.groups = k / group;
-        shape.group_bytes = group * kPanel * ints[kBits] / 8 +
-                            kPanel * (ints[kScaleIsF32] ? 4 : 2) * (ints[kHasMin] ? 2 : 1);
+        shape.group_bytes =
+            group * kPanel * ints[kBits] / 8 + kPanel * (ints[kScaleIsF32] ? 4 : 2) * (ints[kHasMin] ? 2 : 1);
         shape.panel_bytes = shape.groups * shape.group_bytes;
         const int64_t block = call.kernel->traits == kActivationsBf16 ? kExpandBlockBf16 : kExpandBlockF32;
         shape.depth = std::max(group, block / group * group);
@@ -90,6 +90,11 @@ const Contract kLinear = {
     "linear",
     "operands [out(arena), x(arena), weight(const), bias(const or none)]; ints [rows_dim, n, k, ld_out, ld_x, format, "
     "bits_stored, group_size, has_min, scale_is_f32, offset]",
-    "aacC", 11, 0, validate, plan, scratch_bytes};
+    "aacC",
+    11,
+    0,
+    validate,
+    plan,
+    scratch_bytes};
 
 }  // namespace pelton::cpu

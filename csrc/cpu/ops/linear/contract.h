@@ -25,7 +25,20 @@ constexpr int kExpandBlockBf16 = 128, kExpandBlockF32 = 64;
 //     8 bits: [group / 4][64] u32; bytes 0 and 2 are codes 0 and 1, bytes 1 and 3 codes 2 and 3
 namespace linear {
 enum Operands { kOut, kX, kWeight, kBias };
-enum Ints { kRowsDim, kN, kK, kLdOut, kLdX, kFormat, kBits, kGroupSize, kHasMin, kScaleIsF32, kOffset, kBlockRows };  // the last is set by the plan
+enum Ints {
+    kRowsDim,
+    kN,
+    kK,
+    kLdOut,
+    kLdX,
+    kFormat,
+    kBits,
+    kGroupSize,
+    kHasMin,
+    kScaleIsF32,
+    kOffset,
+    kBlockRows
+};  // the last is set by the plan
 enum Format { kF32, kBf16, kQuantized };
 // Traits of a kernel: the type it multiplies activations in (except with f32 weights).
 enum Traits { kActivationsF32, kActivationsBf16 };
@@ -39,8 +52,8 @@ struct LinearShape {
     int64_t groups;                 // per row, 0 unless quantized
     int64_t group_bytes;            // codes, scales and minima of one panel and group
     int64_t panel_bytes;
-    int64_t rounded_bytes;          // of one row of rounded activations, 0 if x is used as it is
-    int64_t depth;                  // k that is expanded at a time when quantized
+    int64_t rounded_bytes;  // of one row of rounded activations, 0 if x is used as it is
+    int64_t depth;          // k that is expanded at a time when quantized
 };
 LinearShape linear_shape(const Call& call);
 

@@ -5,8 +5,7 @@
 // quantized) in ascending order. Register tiles, row blocks and depth blocks only decide when the chain
 // is parked in memory, which is exact in f32.
 #include "cpu/ops/linear/contract.h"
-
-#include "cpu/simd.h"
+#include "cpu/row_tiles.h"
 
 namespace pelton::cpu::PELTON_ISA {
 namespace {
@@ -31,7 +30,7 @@ constexpr int tile_vecs(int rows) {
     return rows == 1 ? 8 : rows <= 3 && kW == 8 ? 4 : rows == 2 ? 4 : kTileVecs;
 }
 
-constexpr int kPrefetch = 2048;              // bytes ahead: beyond what the hardware prefetcher crosses pages for
+constexpr int kPrefetch = 2048;  // bytes ahead: beyond what the hardware prefetcher crosses pages for
 
 struct Activations {
     const char* rows;
@@ -64,8 +63,8 @@ PELTON_INLINE Decoder make_decoder(int offset) {
 }
 
 PELTON_INLINE VU nibble_pair(const Decoder& d, VU w, int j) {
-    return reinterpret_cast<VU>(_mm512_permutexvar_epi16(reinterpret_cast<__m512i>(w >> (4 * j)),
-                                                         reinterpret_cast<__m512i>(d.table)));
+    return reinterpret_cast<VU>(
+        _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(w >> (4 * j)), reinterpret_cast<__m512i>(d.table)));
 }
 
 // An integer of at most 8 significant bits as f32 is a bf16 followed by 16 zeros.
@@ -125,7 +124,8 @@ PELTON_INLINE void multiply_pairs(VF (&acc)[kRows][kVecs], const VU (&b)[kVecs],
 struct F32Weight {
     static constexpr int kStep = 1, kActStep = 4;
     template <int kRows, int kVecs>
-    static PELTON_INLINE void step(VF (&acc)[kRows][kVecs], const Decoder&, const char* w, const char* a, int64_t stride) {
+    static PELTON_INLINE void step(VF (&acc)[kRows][kVecs], const Decoder&, const char* w, const char* a,
+                                   int64_t stride) {
         VF b[kVecs];
         PELTON_UNROLL
         for (int v = 0; v < kVecs; ++v) b[v] = load(reinterpret_cast<const float*>(w) + v * kW);
@@ -136,7 +136,8 @@ struct F32Weight {
 struct PairWeight {
     static constexpr int kStep = 2, kActStep = 2 * kActBytes;
     template <int kRows, int kVecs>
-    static PELTON_INLINE void step(VF (&acc)[kRows][kVecs], const Decoder&, const char* w, const char* a, int64_t stride) {
+    static PELTON_INLINE void step(VF (&acc)[kRows][kVecs], const Decoder&, const char* w, const char* a,
+                                   int64_t stride) {
         VU pairs[kVecs];
         PELTON_UNROLL
         for (int v = 0; v < kVecs; ++v) pairs[v] = load_u32(w + v * kW * 4);
@@ -159,7 +160,8 @@ template <int kCodes>
 struct PackedWeight {
     static constexpr int kStep = kCodes, kActStep = kCodes * kActBytes;
     template <int kRows, int kVecs>
-    static PELTON_INLINE void step(VF (&acc)[kRows][kVecs], const Decoder& d, const char* w, const char* a, int64_t stride) {
+    static PELTON_INLINE void step(VF (&acc)[kRows][kVecs], const Decoder& d, const char* w, const char* a,
+                                   int64_t stride) {
         (void)d;
         VU codes[kVecs];
         PELTON_UNROLL
@@ -236,7 +238,7 @@ void plain_tile(const char* w, const char* a, int64_t stride, int64_t depth, con
         const char *wp = w + col * 4, *ap = a;
         int64_t k = 0;
         for (; k + Weight::kStep <= depth; k += Weight::kStep) {
-            if (kRows <= 2) prefetch<kVecs>(wp);  // more rows reuse the cache
+            if (kRows < kTileRows) prefetch<kVecs>(wp);  // full tiles are many and find the block in the cache
             Weight::step(acc, Decoder(), wp, ap, stride);
             wp += kPanel * 4;
             ap += Weight::kActStep;
@@ -269,19 +271,19 @@ PELTON_INLINE VF scale_at(const char* scales, bool f32, int64_t i) {
 // Weights in groups: codes are multiplied as exact integers, then scaled; the constant part of a group
 // is its minimum (or -offset * scale) times the sum of its activations.
 template <class Weight, int kRows>
-void grouped_tile(const Groups& g, const char* a, int64_t stride, const float* sums, int64_t sums_stride,
-                  const Output& c) {
+void grouped_tile(const Groups& g, const Decoder& shared_decoder, const char* a, int64_t stride, const float* sums,
+                  int64_t sums_stride, const Output& c) {
     constexpr int kVecs = tile_vecs(kRows), kColumns = kVecs * kW;
-    const Decoder decoder = make_decoder(g.has_min ? 0 : g.offset);
     const int64_t scale_bytes = kPanel * (g.scale_is_f32 ? 4 : 2);
     const float minus_offset = static_cast<float>(-g.offset);
+    const Decoder decoder = shared_decoder;  // in registers
     for (int col = 0; col < kPanel; col += kColumns) {
         const char* ap = a;
         for (int64_t i = 0; i < g.count; ++i) {
             const char* w = g.codes + i * g.codes_stride + col * 4;
             VF acc[kRows][kVecs] = {};
             for (int64_t k = 0; k < g.size; k += Weight::kStep) {
-                if (kRows <= 2) prefetch<kVecs>(w);
+                if (kRows < kTileRows) prefetch<kVecs>(w);
                 Weight::step(acc, decoder, w, ap, stride);
                 w += kPanel * 4;
                 ap += Weight::kActStep;
@@ -308,27 +310,6 @@ void grouped_tile(const Groups& g, const char* a, int64_t stride, const float* s
                 }
             }
         }
-    }
-}
-
-// Calls f<rows>(first row) for register tiles of at most kMost rows that cover `rows` rows.
-template <int kMost, class F>
-PELTON_INLINE void for_row_tiles(int64_t rows, F f) {
-    int64_t m = 0;
-    for (; m + kMost <= rows; m += kMost) f.template operator()<kMost>(m);
-    switch (rows - m) {
-        case 5:
-            return f.template operator()<(kMost > 5 ? 5 : 1)>(m);
-        case 4:
-            return f.template operator()<(kMost > 4 ? 4 : 1)>(m);
-        case 3:
-            return f.template operator()<(kMost > 3 ? 3 : 1)>(m);
-        case 2:
-            return f.template operator()<(kMost > 2 ? 2 : 1)>(m);
-        case 1:
-            return f.template operator()<1>(m);
-        default:
-            return;
     }
 }
 
@@ -421,10 +402,11 @@ void plain_item(const char* panel, int64_t k, int64_t depth_bytes, int act_bytes
 }
 
 template <class Weight, int kMost>
-void grouped_rows(const Groups& g, int64_t first_group, const Activations& x, int64_t rows, const Output& c) {
+void grouped_rows(const Groups& g, const Decoder& decoder, int64_t first_group, const Activations& x, int64_t rows,
+                  const Output& c) {
     for_row_tiles<kMost>(rows, [&]<int kRows>(int64_t m) {
         Output tile = {c.data + m * c.ld, c.ld, c.first, c.bias};
-        grouped_tile<Weight, kRows>(g, x.rows + m * x.stride + first_group * g.size * kActBytes, x.stride,
+        grouped_tile<Weight, kRows>(g, decoder, x.rows + m * x.stride + first_group * g.size * kActBytes, x.stride,
                                     x.sums + m * x.sums_stride + first_group, x.sums_stride, tile);
     });
 }
@@ -458,10 +440,10 @@ void grouped_item(const Call& call, const LinearShape& shape, const char* panel,
         c.bias = i + g.count == shape.groups ? bias : nullptr;
         if (direct) {
             g.codes = codes + i * shape.group_bytes;
-            grouped_rows<PackedWeight<kCodes>, kDirectTile>(g, i, x, rows, c);
+            grouped_rows<PackedWeight<kCodes>, kDirectTile>(g, decoder, i, x, rows, c);
         } else {
             expand<kCodes>(shape, codes + i * shape.group_bytes, g.count, group, decoder, expanded);
-            grouped_rows<ExpandedWeight, kTileRows>(g, i, x, rows, c);
+            grouped_rows<ExpandedWeight, kTileRows>(g, decoder, i, x, rows, c);
         }
     }
 }

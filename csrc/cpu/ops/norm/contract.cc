@@ -66,24 +66,44 @@ const Contract kRmsNorm = {
     "rms_norm",
     "operands [out(arena), x(arena), weight(const)]; ints [rows_dim, cols, chunk, ld_out, ld_x]; floats [eps, "
     "weight_offset]",
-    "aac", 5, 2, validate_rms_norm, plan_rms_norm, no_scratch};
+    "aac",
+    5,
+    2,
+    validate_rms_norm,
+    plan_rms_norm,
+    no_scratch};
 
 const Contract kLayerNorm = {
     "layer_norm",
     "operands [out(arena), x(arena), weight(const), bias(const or none)]; ints [rows_dim, cols, ld_out, ld_x]; floats "
     "[eps]",
-    "aacC", 4, 1, validate_layer_norm, plan_layer_norm, no_scratch};
+    "aacC",
+    4,
+    1,
+    validate_layer_norm,
+    plan_layer_norm,
+    no_scratch};
 
 const Contract kAddRmsNorm = {
     "add_rms_norm",
     "operands [sum_out(arena), out(arena), a(arena), b(arena), weight(const)]; ints [rows_dim, cols, ld_sum, ld_out, "
     "ld_a, ld_b]; floats [eps, weight_offset]",
-    "aaaac", 6, 2, validate_add_rms_norm, plan_add_norm, no_scratch};
+    "aaaac",
+    6,
+    2,
+    validate_add_rms_norm,
+    plan_add_norm,
+    no_scratch};
 
 const Contract kAddLayerNorm = {
     "add_layer_norm",
     "operands [sum_out(arena), out(arena), a(arena), b(arena), weight(const), bias(const or none)]; ints [rows_dim, "
     "cols, ld_sum, ld_out, ld_a, ld_b]; floats [eps]",
-    "aaaacC", 6, 1, validate_add_layer_norm, plan_add_norm, no_scratch};
+    "aaaacC",
+    6,
+    1,
+    validate_add_layer_norm,
+    plan_add_norm,
+    no_scratch};
 
 }  // namespace pelton::cpu

@@ -1,5 +1,4 @@
 #include "cpu/ops/norm/contract.h"
-
 #include "cpu/simd.h"
 
 namespace pelton::cpu::PELTON_ISA {

@@ -1,5 +1,4 @@
 #include "cpu/ops/peak/contract.h"
-
 #include "cpu/simd.h"
 
 namespace pelton::cpu::PELTON_ISA {
@@ -71,8 +70,8 @@ float int8_rounds(int64_t iterations) {
     for (int64_t i = 0; i < iterations; ++i) {
         PELTON_UNROLL
         for (int c = 0; c < kChains; ++c) {
-            acc[c] = reinterpret_cast<VF>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc[c]),
-                                                              reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+            acc[c] = reinterpret_cast<VF>(_mm512_dpbusd_epi32(
+                reinterpret_cast<__m512i>(acc[c]), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
             PELTON_OPAQUE(acc[c]);
         }
     }
@@ -84,7 +83,7 @@ float int8_rounds(int64_t iterations) {
 
 extern const PeakKernels peak_kernels;
 #if defined(__AVX512BF16__)
-const PeakKernels peak_kernels = {read_bytes,           f32_rounds,           bf16_rounds,         int8_rounds,
+const PeakKernels peak_kernels = {read_bytes,         f32_rounds,         bf16_rounds,       int8_rounds,
                                   kChains * kW * 2.0, kChains * kW * 4.0, kChains * kW * 8.0};
 #else
 const PeakKernels peak_kernels = {read_bytes, f32_rounds, nullptr, nullptr, kChains * kW * 2.0, 0.0, 0.0};

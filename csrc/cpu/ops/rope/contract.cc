@@ -39,8 +39,7 @@ static std::string plan_rope(Call& call, Step& step) {
 static std::string validate_kv_write(const Call& call) {
     using namespace kv_write;
     const int64_t* ints = call.ints;
-    return check_write(call, kCache, ints[kKvHeads], ints[kHeadDim], ints[kBlockSize], ints[kNumBlocks],
-                       ints[kFormat]);
+    return check_write(call, kCache, ints[kKvHeads], ints[kHeadDim], ints[kBlockSize], ints[kNumBlocks], ints[kFormat]);
 }
 
 static std::string plan_kv_write(Call& call, Step& step) {
@@ -62,8 +61,7 @@ static std::string validate_rope_kv_write(const Call& call) {
     if (ints[kHeads] < 1) return "heads must be positive";
     std::string error = check_rotation(call, kTable, ints[kHeadDim], ints[kRotDim], ints[kMaxPositions]);
     if (!error.empty()) return error;
-    return check_write(call, kCache, ints[kKvHeads], ints[kHeadDim], ints[kBlockSize], ints[kNumBlocks],
-                       ints[kFormat]);
+    return check_write(call, kCache, ints[kKvHeads], ints[kHeadDim], ints[kBlockSize], ints[kNumBlocks], ints[kFormat]);
 }
 
 static std::string plan_rope_kv_write(Call& call, Step& step) {
@@ -85,19 +83,34 @@ const Contract kRope = {
     "rope",
     "operands [out(arena), x(arena), table(const), positions(input)]; ints [rows_dim, heads, head_dim, rot_dim, "
     "ld_out, ld_x, interleaved, max_positions]",
-    "aaci", 8, 0, validate_rope, plan_rope, no_scratch};
+    "aaci",
+    8,
+    0,
+    validate_rope,
+    plan_rope,
+    no_scratch};
 
 const Contract kKvWrite = {
     "kv_write",
     "operands [cache(cache), k(arena), v(arena), slot_mapping(input)]; ints [kv_heads, head_dim, ld_k, ld_v, "
     "block_size, num_blocks, cache_format]",
-    "kaai", 7, 0, validate_kv_write, plan_kv_write, no_scratch};
+    "kaai",
+    7,
+    0,
+    validate_kv_write,
+    plan_kv_write,
+    no_scratch};
 
 const Contract kRopeKvWrite = {
     "rope_kv_write",
     "operands [q_out(arena), cache(cache), q(arena), k(arena), v(arena), table(const), positions(input), "
     "slot_mapping(input)]; ints [heads, kv_heads, head_dim, rot_dim, ld_qout, ld_q, ld_k, ld_v, interleaved, "
     "max_positions, block_size, num_blocks, cache_format]",
-    "akaaacii", 13, 0, validate_rope_kv_write, plan_rope_kv_write, no_scratch};
+    "akaaacii",
+    13,
+    0,
+    validate_rope_kv_write,
+    plan_rope_kv_write,
+    no_scratch};
 
 }  // namespace pelton::cpu

@@ -1,6 +1,5 @@
-#include "cpu/ops/rope/contract.h"
-
 #include "cpu/ops/attention/contract.h"
+#include "cpu/ops/rope/contract.h"
 #include "cpu/simd.h"
 
 namespace pelton::cpu::PELTON_ISA {
@@ -105,12 +104,12 @@ void rope_kv_write_rows(const Call& call, int64_t begin, int64_t end, Worker&) {
     for (int64_t r = begin; r < end; ++r) {
         const float* table = floats_of(call, kTable) + ints_of(call, kPositions)[r] * rot_dim;
         for (int64_t h = 0; h < heads; ++h) {
-            rotate_head(floats_of(call, kQ) + r * call.ints[kLdQ] + h * head_dim, table, head_dim, rot_dim,
-                        interleaved, floats_of(call, kQOut) + r * call.ints[kLdQOut] + h * head_dim);
+            rotate_head(floats_of(call, kQ) + r * call.ints[kLdQ] + h * head_dim, table, head_dim, rot_dim, interleaved,
+                        floats_of(call, kQOut) + r * call.ints[kLdQOut] + h * head_dim);
         }
         for (int64_t h = 0; h < kv_heads; ++h) {
-            rotate_head(floats_of(call, kK) + r * call.ints[kLdK] + h * head_dim, table, head_dim, rot_dim,
-                        interleaved, rotated);
+            rotate_head(floats_of(call, kK) + r * call.ints[kLdK] + h * head_dim, table, head_dim, rot_dim, interleaved,
+                        rotated);
             write_slot(target, ints_of(call, kSlots)[r], h, rotated,
                        floats_of(call, kV) + r * call.ints[kLdV] + h * head_dim);
         }
