@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +15,8 @@ from typing import Any
 from .backends.base import Executor, KVSpec
 from .checkpoint import Checkpoint, open_checkpoint, resolve_model
 from .config import EngineConfig
-from .errors import OutOfMemoryError, PeltonError, RequestError, TokenizerError
-from .graph import Graph
+from .errors import CheckpointError, OutOfMemoryError, PeltonError, RequestError, TokenizerError
+from .graph import F16, Graph
 from .ledger import Ledger, available_memory, human
 from .models import create
 from .nn import trace
@@ -24,6 +27,8 @@ from .program import Program, lower
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
 #: BLOOM and other models without a limit of their own.
 _DEFAULT_CONTEXT = 2048
+#: A context that memory has cut down further than this is not worth starting with.
+_LEAST_CONTEXT = 512
 #: The KV cache unless asked for otherwise, or for one sequence at full length if that is more. It is
 #: reserved address space: memory is taken when blocks are first used.
 _DEFAULT_KV_BYTES = 4 << 30
@@ -46,18 +51,23 @@ class Plan:
     vocab_size: int
     isa: str
     threads: int
+    notes: tuple[str, ...] = ()  # what differs from what a user might expect; shown at the start
 
     def check_memory(self) -> None:
         """Raises OutOfMemoryError if the ledger exceeds what is available, naming what would fit."""
         need, have = self.ledger.total, self.available
         if need > have:
-            fixed = need - self.ledger.kv_cache
-            fits = max(0, have - fixed) // max(1, self.ledger.kv_bytes_per_token)
-            remedy = (
-                f"max_model_len={fits} or less, or a smaller max_num_seqs, would fit"
-                if fits >= 16
-                else "use a smaller or more strongly quantized model"
-            )
+            # The KV cache and the rope tables grow with the context, everything else is fixed.
+            ropes = [dict(c.attrs) for c in self.program.constants if c.packing == "rope"]
+            per_token = self.ledger.kv_bytes_per_token + sum(4 * rope["rotary_dim"] for rope in ropes)
+            fixed = need - self.ledger.kv_cache - sum(4 * rope["rotary_dim"] * rope["positions"] for rope in ropes)
+            fits = max(0, have - fixed) // max(1, per_token)
+            if fits < self.config.block_size:
+                remedy = "use a smaller or more strongly quantized model"
+            elif self.config.kv_cache_memory is not None:
+                remedy = f"kv_cache_memory of {human(fits * self.ledger.kv_bytes_per_token)} would fit"
+            else:
+                remedy = f"max_model_len={fits} or less, or a smaller max_num_seqs, would fit"
             raise OutOfMemoryError(f"{self.checkpoint.path.name} needs {human(need)}, {human(have)} are free", remedy)
 
 
@@ -85,17 +95,30 @@ class Built:
 
 
 def trained_context(config: Mapping[str, Any]) -> int:
-    """Tokens of context the model was trained for."""
-    for name in _CONTEXT_FIELDS:
-        value = config.get(name)
-        if isinstance(value, int) and value > 0:
-            return value
-    return _DEFAULT_CONTEXT
+    """Tokens of context the model is made for: as trained, times what its rope scaling stretches it by."""
+    values = (config.get(name) for name in _CONTEXT_FIELDS)
+    context = next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), _DEFAULT_CONTEXT)
+    rules = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(rules, Mapping):  # families without rope never look at what stands there
+        return context
+    kind, factor = rules.get("rope_type") or rules.get("type"), rules.get("factor")
+    if kind not in ("linear", "yarn") or not isinstance(factor, (int, float)) or not 1 <= factor < 1e6:
+        return context
+    if kind == "linear":
+        return int(context * factor)
+    original = rules.get("original_max_position_embeddings")  # published configs name it, or the trained context only
+    return max(context, int((original if isinstance(original, int) else context) * factor))
 
 
 def bound_graph(config: EngineConfig, checkpoint: Checkpoint) -> Graph:
     """The model's graph with the checkpoint's types, before any pass."""
-    graph = trace(create(checkpoint.config), checkpoint.architecture)
+    model = create(checkpoint.config)
+    try:
+        graph = trace(model, checkpoint.architecture)
+    except ValueError as error:  # a shape rule of the op table: sizes that are fine alone and not together
+        raise CheckpointError(
+            f"the config of this {checkpoint.architecture} contradicts itself ({error})", "check config.json"
+        ) from error
     stored = {name: tensor.type for name, tensor in checkpoint.tensors.items()}
     return bind_types(graph, stored, config.dtype, config.kv_cache_dtype)
 
@@ -117,16 +140,28 @@ def plan(config: EngineConfig) -> Plan:
             f"max_model_len {config.max_model_len} exceeds the {context} tokens the model was trained for",
             f"choose at most {context}",
         )
+    notes = []
+    if config.dtype == "auto" and any(t.type.dtype == F16 for t in checkpoint.tensors.values()):
+        notes.append("f16 weights run as bf16, which rounds them to 8 bits; dtype='f32' keeps all 11")
     limits = {"T": config.max_num_batched_tokens, "S": config.max_num_seqs, "N": config.max_num_seqs}
     program = lower(graph, limits, config.max_model_len or context)
     sizes: dict[str, int] = {}
     for constant in program.constants:
-        sizes[constant.packing] = sizes.get(constant.packing, 0) + constant_bytes(constant)
+        try:
+            size = constant_bytes(constant, as_floats=config.device == "reference")
+        except ValueError as error:  # a group size, or rows that are no whole groups
+            raise CheckpointError(
+                f"{checkpoint.path.name} has weights that no kernel runs ({error})",
+                "use a file quantized in groups of 32, as Q4_K_M and Q8_0 are",
+            ) from error
+        sizes[constant.packing] = sizes.get(constant.packing, 0) + size
     mapped = sizes.pop("rows", 0)
     without_kv = Ledger(sum(sizes.values()), mapped, 0, 0, 0, program.arena_bytes)
     block_bytes = cache_bytes_per_block(program, config.block_size)
     available = available_memory()
     kv_spec = _kv_spec(config, context, block_bytes, max(0, available - without_kv.total))
+    if config.max_model_len is None and kv_spec.max_model_len < context:
+        notes.append(f"memory holds a context of {kv_spec.max_model_len:,} of the model's {context:,} tokens")
     ledger = replace(
         without_kv,
         kv_cache=kv_spec.num_blocks * block_bytes,
@@ -136,7 +171,7 @@ def plan(config: EngineConfig) -> Plan:
     vocab = int(graph.outputs[0].tensor.shape[-1])
     threads = config.threads or usable_cores()
     isa = choose_isa(config.isa)
-    return Plan(config, checkpoint, graph, program, kv_spec, ledger, available, vocab, isa, threads)
+    return Plan(config, checkpoint, graph, program, kv_spec, ledger, available, vocab, isa, threads, tuple(notes))
 
 
 def _kv_spec(config: EngineConfig, context: int, block_bytes: int, free: int) -> KVSpec:
@@ -155,8 +190,10 @@ def _kv_spec(config: EngineConfig, context: int, block_bytes: int, free: int) ->
                 f"kv_cache_memory holds {num_blocks * config.block_size} tokens, max_model_len is {wanted}",
                 f"raise it to {human(blocks_for * block_bytes)} or lower max_model_len",
             )
-        num_blocks = max(num_blocks, blocks_for)  # the ledger says so if that is too much
-    num_blocks = max(num_blocks, 1)
+        num_blocks = max(num_blocks, blocks_for)
+    elif config.kv_cache_memory is None:  # no use starting with less
+        num_blocks = max(num_blocks, -(-min(wanted, _LEAST_CONTEXT) // config.block_size))
+    num_blocks = max(num_blocks, 1)  # whatever is too much here, the ledger says so
     return KVSpec(num_blocks, config.block_size, block_bytes, min(wanted, num_blocks * config.block_size))
 
 
@@ -168,10 +205,17 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     Raises:
         PeltonError: the model cannot be loaded; the line names cause and remedy.
     """
+    with _uncollected():
+        return _build(config, progress)
+
+
+def _build(config: EngineConfig, progress: Progress | None) -> Built:
     from .engine.sampling import HostSampler
 
     planned = plan(config)
     planned.check_memory()
+    for note in planned.notes:
+        warnings.warn(note, stacklevel=4)
     checkpoint = planned.checkpoint
     tokenizer = _tokenizer(checkpoint)
     read: Callable[[str], Any] = lambda name: checkpoint.tensors[name].read()  # noqa: E731
@@ -196,17 +240,31 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
             planned.program, read, planned.kv_spec, HostSampler(), isa=planned.isa, threads=planned.threads,
             content_key=content_hash(checkpoint.files) if config.packed_cache else None, on_packed=on_packed,
         )  # fmt: skip
-    eos = checkpoint.generation.get("eos_token_id", checkpoint.config.get("eos_token_id"))
-    eos_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    if tokenizer is not None:
-        eos_ids |= tokenizer.stop_token_ids
-    return Built(planned, executor, tokenizer, eos_ids, planned.vocab_size)
+    eos_ids: set[int] = set(tokenizer.stop_token_ids) if tokenizer is not None else set()
+    for fields in (checkpoint.generation, checkpoint.config):
+        eos = fields.get("eos_token_id")
+        eos_ids.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return Built(planned, executor, tokenizer, frozenset(eos_ids), planned.vocab_size)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection: graph and vocabulary are 10^5 objects that stay, searched again and again for nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Any:
     from .text import load_tokenizer, tokenizer_from_gguf
 
     if checkpoint.gguf_metadata is not None:
+        if "tokenizer.ggml.model" not in checkpoint.gguf_metadata:
+            return None
         return tokenizer_from_gguf(checkpoint.gguf_metadata, checkpoint.generation)
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     try:
@@ -246,10 +304,11 @@ def _check(config: EngineConfig) -> None:
 def usable_cores() -> int:
     """Cores by affinity and by the cgroup's CPU quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass  # no cgroup v2
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroup v2, v1
+        try:
+            quota, period = " ".join((Path("/sys/fs/cgroup") / f).read_text() for f in files).split()
+            if int(quota) > 0:
+                cores = min(cores, max(1, int(quota) // int(period)))
+        except (OSError, ValueError):
+            continue  # no such version, or "max"
     return cores

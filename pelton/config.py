@@ -37,6 +37,12 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("stop", "stop_token_ids"):
+            if not isinstance(getattr(self, name) or (), (str, Sequence, set, frozenset)):
+                raise RequestError(f"{name} is {getattr(self, name)!r}", "give a list")
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is {getattr(self, name)!r}", "give True or False")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
@@ -46,7 +52,7 @@ class SamplingParams:
             ("top_k", -1, math.inf),
             ("top_p", math.ulp(0.0), 1.0),
             ("min_p", 0.0, 1.0),
-            ("repetition_penalty", math.ulp(0.0), 100.0),
+            ("repetition_penalty", 0.01, 100.0),
             ("presence_penalty", -2.0, 2.0),
             ("frequency_penalty", -2.0, 2.0),
             ("seed", 0, 2**64 - 1),

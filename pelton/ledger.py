@@ -42,14 +42,19 @@ class Ledger:
 def available_memory() -> int:
     """Bytes that this process may still take: the machine's available memory, or its cgroup's if less."""
     limits = [_meminfo_available()]
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    for folder, limit, usage, prefix in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
+        group = Path(folder)
         try:
-            limits.append(int(Path(limit).read_text()) - int(Path(usage).read_text()))
+            free = int((group / limit).read_text()) - int((group / usage).read_text())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):
-            continue  # no such cgroup version, or "max"
+            continue  # no such cgroup version, or the limit is "max"
+        # Usage counts the page cache, which the kernel gives back on demand: a model file just
+        # downloaded would else look like memory in use.
+        limits.append(free + sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive")))
     return max(0, min(limits))
 
 

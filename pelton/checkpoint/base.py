@@ -47,5 +47,5 @@ class Checkpoint:
 
     @property
     def architecture(self) -> str:
-        names = self.config.get("architectures") or [""]
-        return str(names[0])
+        names = self.config.get("architectures")
+        return str(names[0]) if isinstance(names, list) and names else ""

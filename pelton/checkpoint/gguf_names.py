@@ -206,7 +206,7 @@ def _llama_config(fields: _Fields, tensors: Tensors) -> Config:
     config = _decoder_config(fields, tensors)
     config["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
     if fields.get("{}.attention.sliding_window") is not None:
-        config["sliding_window"] = fields.count("{}.attention.sliding_window")
+        config |= {"model_type": "mistral", "sliding_window": fields.count("{}.attention.sliding_window")}
     if isinstance(experts := fields.get("{}.expert_count"), int) and experts > 0:  # Mixtral files say "llama", too
         config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
         config["num_local_experts"] = experts

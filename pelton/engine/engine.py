@@ -96,7 +96,8 @@ class LLMEngine:
         self._kv_spec = executor.kv_spec
         self._budget = Budget(max_num_seqs, max_num_batched_tokens)
         self._state = SchedulerState(self._kv_spec.num_blocks, self._kv_spec.block_size)
-        self._eos_token_ids = eos_token_ids
+        # A tokenizer may know ids beyond the logits; they are never sampled, and must not index them.
+        self._eos_token_ids = frozenset(t for t in eos_token_ids if 0 <= t < vocab_size)
         self._vocab_size = vocab_size
         self._seed = seed
         self._clock = clock

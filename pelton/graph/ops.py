@@ -120,7 +120,7 @@ def permutation(shape: tuple[int, ...], order: tuple[int, ...]) -> npt.NDArray[n
 
 _op("input", (0, 0), _leaf, _leaf, bytes=_free)
 _op("weight", (0, 0), _leaf, _leaf, bytes=_free, constant=True)
-_op("concat", (1, 64), _concat_type, lambda a, *ws: concat_rows(list(ws)), bytes=_free, constant=True)
+_op("concat", (1, 1 << 16), _concat_type, lambda a, *ws: concat_rows(list(ws)), bytes=_free, constant=True)
 _op("transpose", (1, 1), _transpose_type, lambda a, w: w.T, bytes=_free, constant=True)
 _op(
     "permute_rows", (1, 1), _permute_type,

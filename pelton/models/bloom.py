@@ -10,7 +10,7 @@ from .registry import register
 class BloomAttention(Module):
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         hidden, heads = _hidden(cfg), _heads(cfg)
-        head_dim = hidden // heads
+        head_dim = cfg.head_dim(hidden, heads)
         # The rows are stored as [heads, 3, head_dim]; here they become all q, all k, all v.
         self.query_key_value = Linear(hidden, 3 * hidden, bias=True, row_groups=((heads, 3, head_dim), (1, 0, 2)))
         self.dense = Linear(hidden, hidden, bias=True)
@@ -34,7 +34,7 @@ class BloomMLP(Module):
 
 class BloomLayer(Module):
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
-        hidden, eps = _hidden(cfg), cfg.number("layer_norm_epsilon", 1e-5)
+        hidden, eps = _hidden(cfg), cfg.eps("layer_norm_epsilon", 1e-5)
         self.input_layernorm = LayerNorm(hidden, eps)
         self.self_attention = BloomAttention(cfg, layer)
         self.post_attention_layernorm = LayerNorm(hidden, eps)
@@ -53,7 +53,7 @@ class BloomLayer(Module):
 
 class BloomModel(Module):
     def __init__(self, cfg: ModelConfig) -> None:
-        hidden, eps = _hidden(cfg), cfg.number("layer_norm_epsilon", 1e-5)
+        hidden, eps = _hidden(cfg), cfg.eps("layer_norm_epsilon", 1e-5)
         self.word_embeddings = Embedding(cfg.size("vocab_size"), hidden)
         self.word_embeddings_layernorm = LayerNorm(hidden, eps)
         layers = cfg.size("n_layer", cfg.get("num_hidden_layers"), limit=1024)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..errors import UnsupportedModelError
 from ..nn import Attention, CausalLM, Embedding, Linear, Module, Node, RMSNorm, RopeSpec, Step, add, scale, softcap
 from .config import ModelConfig
 from .llama import GatedMLP
@@ -9,13 +10,13 @@ from .registry import register
 
 
 def _norm(cfg: ModelConfig, dim: int) -> RMSNorm:
-    return RMSNorm(dim, cfg.number("rms_norm_eps", 1e-6), weight_offset=1.0)
+    return RMSNorm(dim, cfg.eps("rms_norm_eps", 1e-6), weight_offset=1.0)
 
 
 class GemmaAttention(Module):
     def __init__(self, cfg: ModelConfig, layer: int, layer_type: str, third: bool) -> None:
         hidden = cfg.size("hidden_size")
-        heads, kv_heads, head_dim = cfg.heads()
+        heads, kv_heads, head_dim = cfg.heads(absent_head_dim=256)
         bias = bool(cfg.get("attention_bias", False))
         self.q_proj = Linear(hidden, heads * head_dim, bias)
         self.k_proj = Linear(hidden, kv_heads * head_dim, bias)
@@ -27,9 +28,9 @@ class GemmaAttention(Module):
         slides = layer_type == "sliding_attention"
         self.attention = Attention(
             layer, heads, kv_heads, head_dim,
-            scale=cfg.number("query_pre_attn_scalar", head_dim) ** -0.5,
-            window=int(cfg.get("sliding_window", 0)) if slides else 0,
-            softcap=0.0 if third else cfg.number("attn_logit_softcapping", 0.0),
+            scale=cfg.number("query_pre_attn_scalar", 256.0) ** -0.5,
+            window=cfg.window(absent=4096) if slides else 0,
+            softcap=0.0 if third else _cap(cfg, "attn_logit_softcapping", 50.0),
             rope=_rope(cfg, head_dim, layer_type) if third else cfg.rope(head_dim),
         )  # fmt: skip
 
@@ -40,10 +41,18 @@ class GemmaAttention(Module):
         return self.o_proj(self.attention(q, k, self.v_proj(x), step))
 
 
+def _cap(cfg: ModelConfig, name: str, absent: float) -> float:
+    """A soft-cap: configs leave out what is Gemma 2's default, and say null to switch it off."""
+    return 0.0 if cfg.value(name, absent) is None else cfg.number(name, absent)
+
+
 def _rope(cfg: ModelConfig, head_dim: int, layer_type: str) -> RopeSpec:
     """Gemma 3's layers with a window keep the short rope; only the others are scaled."""
-    if cfg.get("rope_parameters"):
+    rules = cfg.get("rope_parameters") or {}
+    if layer_type in rules:
         return cfg.rope(head_dim, layer_type)
+    if rules:
+        raise UnsupportedModelError(f"rope_parameters has no entry {layer_type}", "Gemma 3 needs one per layer type")
     if layer_type == "sliding_attention":
         plain = {"rope_theta": cfg.number("rope_local_base_freq", 10000.0)}
         return ModelConfig({**cfg.fields, **plain, "rope_scaling": None}).rope(head_dim)
@@ -59,7 +68,7 @@ class GemmaLayer(Module):
         self.self_attn = GemmaAttention(cfg, layer, layer_type, third)
         self.post_attention_layernorm = _norm(cfg, hidden)
         self.pre_feedforward_layernorm = _norm(cfg, hidden)
-        self.mlp = GatedMLP(cfg, cfg.activation("hidden_activation", "hidden_act", default="gelu_pytorch_tanh"))
+        self.mlp = GatedMLP(cfg, cfg.activation("hidden_activation", "gelu_pytorch_tanh"))
         self.post_feedforward_layernorm = _norm(cfg, hidden)
 
     def __call__(self, x: Node, step: Step) -> Node:
@@ -98,7 +107,7 @@ class Gemma2(CausalLM):
             self.lm_head = self.model.embed_tokens.as_linear()
         else:
             self.lm_head = Linear(cfg.size("hidden_size"), cfg.size("vocab_size"))
-        self._cap = cfg.number("final_logit_softcapping", 0.0)
+        self._cap = _cap(cfg, "final_logit_softcapping", 0.0 if self.third else 30.0)
 
     def __call__(self, step: Step) -> Node:
         logits = self.lm_head(self.model(step))

@@ -30,10 +30,11 @@ class GPT2Attention(Module):
         hidden, heads = cfg.size("n_embd"), cfg.size("n_head", limit=4096)
         self.c_attn = _linear(cfg, hidden, 3 * hidden)
         self.c_proj = _linear(cfg, hidden, hidden)
-        scale = (hidden // heads) ** -0.5 if cfg.get("scale_attn_weights", True) else 1.0
+        head_dim = cfg.head_dim(hidden, heads)
+        scale = head_dim**-0.5 if cfg.get("scale_attn_weights", True) else 1.0
         if cfg.get("scale_attn_by_inverse_layer_idx", False):
             scale /= layer + 1
-        self.attention = Attention(layer, heads, heads, hidden // heads, scale=scale)
+        self.attention = Attention(layer, heads, heads, head_dim, scale=scale)
         self._hidden = hidden
 
     def __call__(self, x: Node, step: Step) -> Node:
@@ -56,7 +57,7 @@ class GPT2MLP(Module):
 
 class GPT2Layer(Module):
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
-        hidden, eps = cfg.size("n_embd"), cfg.number("layer_norm_epsilon", 1e-5)
+        hidden, eps = cfg.size("n_embd"), cfg.eps("layer_norm_epsilon", 1e-5)
         self.ln_1 = LayerNorm(hidden, eps)
         self.attn = GPT2Attention(cfg, layer)
         self.ln_2 = LayerNorm(hidden, eps)
@@ -73,7 +74,7 @@ class GPT2Model(Module):
         self.wte = Embedding(cfg.size("vocab_size"), hidden)
         self.wpe = Embedding(cfg.size("n_positions"), hidden)
         self.h = [GPT2Layer(cfg, i) for i in range(cfg.size("n_layer", limit=1024))]
-        self.ln_f = LayerNorm(hidden, cfg.number("layer_norm_epsilon", 1e-5))
+        self.ln_f = LayerNorm(hidden, cfg.eps("layer_norm_epsilon", 1e-5))
 
     def __call__(self, step: Step) -> Node:
         x = add(self.wte(step.token_ids), self.wpe(step.positions))

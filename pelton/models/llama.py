@@ -9,6 +9,7 @@ from .registry import register
 
 class LlamaAttention(Module):
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
+        cfg.refuse("partial_rotary_factor", None, 1.0)
         hidden = cfg.size("hidden_size")
         heads, kv_heads, head_dim = cfg.heads()
         bias = bool(cfg.get("attention_bias", False))
@@ -16,7 +17,7 @@ class LlamaAttention(Module):
         self.k_proj = Linear(hidden, kv_heads * head_dim, bias)
         self.v_proj = Linear(hidden, kv_heads * head_dim, bias)
         self.o_proj = Linear(heads * head_dim, hidden, bias)
-        window = int(cfg.get("sliding_window", 0)) if cfg.get("model_type") == "mistral" else 0
+        window = cfg.window(absent=4096) if cfg.get("model_type") == "mistral" else 0
         self.attention = Attention(layer, heads, kv_heads, head_dim, rope=cfg.rope(head_dim), window=window)
 
     def __call__(self, x: Node, step: Step) -> Node:
@@ -39,7 +40,7 @@ class GatedMLP(Module):
 
 class LlamaLayer(Module):
     def __init__(self, cfg: ModelConfig, attention: Module) -> None:
-        hidden, eps = cfg.size("hidden_size"), cfg.number("rms_norm_eps", 1e-6)
+        hidden, eps = cfg.size("hidden_size"), cfg.eps("rms_norm_eps", 1e-6)
         self.input_layernorm = RMSNorm(hidden, eps)
         self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(hidden, eps)
@@ -55,7 +56,7 @@ class LlamaModel(Module):
         self.embed_tokens = Embedding(cfg.size("vocab_size"), cfg.size("hidden_size"))
         layers = cfg.size("num_hidden_layers", limit=1024)
         self.layers = [LlamaLayer(cfg, attention(cfg, i)) for i in range(layers)]
-        self.norm = RMSNorm(cfg.size("hidden_size"), cfg.number("rms_norm_eps", 1e-6))
+        self.norm = RMSNorm(cfg.size("hidden_size"), cfg.eps("rms_norm_eps", 1e-6))
 
     def __call__(self, step: Step) -> Node:
         x = self.embed_tokens(step.token_ids)

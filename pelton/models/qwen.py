@@ -14,7 +14,7 @@ def _window(cfg: ModelConfig, layer: int) -> int:
         return 0
     types = cfg.get("layer_types")
     slides = types[layer] == "sliding_attention" if types else layer >= cfg.get("max_window_layers", 28)
-    return int(cfg.get("sliding_window", 0)) if slides else 0
+    return cfg.window(absent=4096) if slides else 0
 
 
 class Qwen2Attention(LlamaAttention):
@@ -34,7 +34,7 @@ class Qwen3Attention(LlamaAttention):
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__(cfg, layer)
         heads, kv_heads, head_dim = cfg.heads()
-        eps = cfg.number("rms_norm_eps", 1e-6)
+        eps = cfg.eps("rms_norm_eps", 1e-6)
         self.q_norm = RMSNorm(head_dim, eps)
         self.k_norm = RMSNorm(head_dim, eps)
         self.attention = Attention(

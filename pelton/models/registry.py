@@ -40,13 +40,15 @@ def create(config: Mapping[str, Any]) -> CausalLM:
         UnsupportedModelError: unknown architecture or option.
         CheckpointError: a config value has the wrong kind.
     """
-    names = config.get("architectures") or ["(none)"]
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
     known = architectures()
-    if names[0] not in known:
-        raise UnsupportedModelError(f"architecture {names[0]} is not implemented", f"known: {', '.join(known)}")
+    if not isinstance(name, str):
+        raise UnsupportedModelError("config field architectures names no model", f"known: {', '.join(known)}")
+    if name not in known:
+        raise UnsupportedModelError(f"architecture {name} is not implemented", f"known: {', '.join(known)}")
     try:
-        return _MODELS[names[0]](ModelConfig(config))
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UnsupportedModelError):
-            raise
-        raise CheckpointError(f"config of {names[0]}: {error!r}", "check config.json") from error
+        return _MODELS[name](ModelConfig(config))
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        # Families read nested and optional fields as they come; whatever is wrong there is the config's fault.
+        raise CheckpointError(f"the config of this {name} cannot be read ({error!r})", "check config.json") from error

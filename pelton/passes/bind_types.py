@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 
 from ..errors import CheckpointError
 from ..graph import BF16, F16, F32, CacheType, DType, Graph, GroupQuant, Node, TensorType, make, rewrite
 
+#: What old checkpoints keep beside their weights: masks, rope frequencies, a second copy of tied weights.
+_BUFFERS = re.compile(r"(^lm_head\.weight|rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$")
 _CACHES = {"f32": F32, "bf16": BF16}
 
 
@@ -20,7 +23,8 @@ def bind_types(
     matrices are f32, bf16 otherwise.
 
     Raises:
-        CheckpointError: a weight is missing or has another shape than the model needs.
+        CheckpointError: a weight is missing, has another shape than the model needs, or a type that
+            nothing computes with; or there are weights that the model does not use.
     """
     for node in graph.leaves("weight"):
         have = stored.get(node.name)
@@ -33,8 +37,16 @@ def bind_types(
                 f"tensor {node.name} has shape {list(have.shape)}, the config asks for {list(node.tensor.shape)}",
                 "config and weights do not belong together",
             )
-    choose = _chooser(dtype)
-    bound = {n.name: TensorType(n.tensor.shape, choose(stored[n.name].dtype)) for n in graph.leaves("weight")}
+    unused = sorted(n for n in set(stored) - {n.name for n in graph.leaves("weight")} if not _BUFFERS.search(n))
+    if unused:
+        raise CheckpointError(
+            f"the checkpoint has {len(unused)} tensors that the model does not use, such as {unused[0]}",
+            "config and weights do not belong together, or the architecture is another one",
+        )
+    bound = {
+        n.name: TensorType(n.tensor.shape, _bound_type(n.name, stored[n.name].dtype, dtype))
+        for n in graph.leaves("weight")
+    }
     matrices = {t.dtype for t in bound.values() if len(t.shape) > 1}
     cache = _CACHES.get(kv_cache_dtype, F32 if matrices <= {F32} else BF16)
 
@@ -48,12 +60,15 @@ def bind_types(
     return rewrite(graph, rule)
 
 
-def _chooser(dtype: str) -> Callable[[DType | GroupQuant], DType | GroupQuant]:
-    def choose(stored: DType | GroupQuant) -> DType | GroupQuant:
-        if isinstance(stored, GroupQuant):
-            return stored
-        if dtype != "auto":
-            return _CACHES[dtype]
-        return BF16 if stored == F16 else stored
-
-    return choose
+def _bound_type(name: str, stored: DType | GroupQuant, dtype: str) -> DType | GroupQuant:
+    if isinstance(stored, GroupQuant):
+        return stored
+    if stored not in (F32, F16, BF16):
+        # Integers and FP8 are codes: without the scales beside them, casting would give wrong numbers in silence.
+        raise CheckpointError(
+            f"tensor {name} is stored as {stored}, which is not supported",
+            "use a checkpoint in f32, f16 or bf16, or a GGUF file",
+        )
+    if dtype != "auto":
+        return _CACHES[dtype]
+    return BF16 if stored == F16 else stored

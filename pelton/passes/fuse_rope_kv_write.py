@@ -11,7 +11,8 @@ from ..graph.builder import item
 def fuse_rope_kv_write(graph: Graph) -> Graph:
     """Before: attention(rope(q), kv_write(cache, rope(k), v)). After: both from one rope_kv_write.
 
-    Needs q and k turned by the same rule, and used nowhere else.
+    Needs q and k turned by the same rule, and q, k and the written cache used nowhere else (layers that
+    share a cache keep their separate ops).
     """
     parts: dict[Node, tuple[Node, Node]] = {}  # rope of q, and kv_write -> that pair
     for node in graph.nodes:
@@ -25,6 +26,7 @@ def fuse_rope_kv_write(graph: Graph) -> Graph:
             and q.inputs[1] is k.inputs[1]
             and graph.users[q] == (node,)
             and graph.users[k] == (write,)
+            and graph.users[write] == (node,)
         ):
             parts[q] = parts[write] = (q, write)
 

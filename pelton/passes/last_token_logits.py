@@ -15,6 +15,8 @@ def last_token_logits(graph: Graph) -> Graph:
     full: the output layer, the last norm, and the MLP of the last layer.
     """
     indices = input_("logits_indices", ("N",), I32)
+    if indices in graph.nodes:
+        return graph  # done before
     partial: set[Node] = set()  # nodes of which only the selected rows are needed
     for node in reversed(graph.nodes):
         if node.is_constant or not OPS[node.op].rowwise:

@@ -12,13 +12,13 @@ def merge_linears(graph: Graph) -> Graph:
     """Before: linear(x, w1), linear(x, w2). After: columns of linear(x, concat(w1, w2)).
 
     Only weights of one element type are merged (a mixed checkpoint keeps v apart, say), and only
-    layers that all have a bias or all have none.
+    layers that all have a bias of one type or all have none.
     """
     groups: dict[tuple[object, ...], list[Node]] = {}
     for node in graph.nodes:
         if node.op == "linear":
             x, w, *bias = node.inputs
-            groups.setdefault((x, w.tensor.dtype, bool(bias)), []).append(node)
+            groups.setdefault((x, w.tensor.dtype, *(b.tensor.dtype for b in bias)), []).append(node)
     group_of = {n: members for members in groups.values() if len(members) > 1 for n in members}
 
     def rule(node: Node, new: Callable[[Node], Node]) -> Node | None:

@@ -164,6 +164,48 @@ def test_rope_pairs_that_differ_are_not_fused() -> None:
     assert PASSES["fuse_rope_kv_write"](graph).outputs == graph.outputs
 
 
+def test_ropes_that_share_a_written_cache_are_not_fused() -> None:
+    """Two layers over one cache: the write belongs to neither."""
+    graph = parse(
+        """
+        %k = input(name='k') : f32[T, 4]
+        %x = input(name='x') : f32[T, 4]
+        %c = input(name='kv.0') : cache<f32>[1, 4]
+        %kr = rope(%k, %p; head_dim=4, rotary_dim=4, theta=9.0) : f32[T, 4]
+        %w = kv_write(%c, %kr, %k, %s) : cache<f32>[1, 4]
+        %xr = rope(%x, %p; head_dim=4, rotary_dim=4, theta=9.0) : f32[T, 4]
+        %o = attention(%xr, %w, %t, %l, %q; alibi=False, num_heads=1, scale=0.5, softcap=0.0, window=0) : f32[T, 4]
+        %or = rope(%o, %p; head_dim=4, rotary_dim=4, theta=9.0) : f32[T, 4]
+        %z = attention(%or, %w, %t, %l, %q; alibi=False, num_heads=1, scale=0.5, softcap=0.0, window=0) : f32[T, 4]
+        return %z
+        """
+    )
+    assert PASSES["fuse_rope_kv_write"](graph).outputs == graph.outputs
+
+
+def test_linears_with_biases_of_different_types_are_not_merged() -> None:
+    graph = parse(
+        """
+        %x = input(name='x') : f32[T, 4]
+        %w1 = weight(name='w1') : f32[6, 4]
+        %b1 = weight(name='b1') : f32[6]
+        %w2 = weight(name='w2') : f32[6, 4]
+        %b2 = weight(name='b2') : bf16[6]
+        %a = linear(%x, %w1, %b1) : f32[T, 6]
+        %b = linear(%x, %w2, %b2) : f32[T, 6]
+        %c = mul(%a, %b) : f32[T, 6]
+        return %c
+        """
+    )
+    assert PASSES["merge_linears"](graph).outputs == graph.outputs
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_pass_applied_twice_is_applied_once(name: str) -> None:
+    once = PASSES[name](parse(CASES[name][0]))
+    assert PASSES[name](once).outputs == once.outputs
+
+
 def test_rows_that_others_need_in_full_are_not_selected_early() -> None:
     """A value that attention reads must keep all its rows; only what follows it shrinks."""
     graph = parse(
@@ -239,6 +281,15 @@ def test_bind_types_names_missing_and_misshapen_weights() -> None:
         bind_types(graph, {k: v for k, v in stored.items() if k != "w2"})
     with pytest.raises(CheckpointError, match=r"w3 has shape \[6, 5\], the config asks for \[6, 4\]"):
         bind_types(graph, {**stored, "w3": TensorType((6, 5), F32)})
+
+
+def test_bind_types_refuses_weights_that_nobody_uses() -> None:
+    """A config with fewer layers than the file would otherwise run, and answer nonsense."""
+    graph = parse(CASES["merge_linears"][0])
+    stored = {n: TensorType((6, 4), F32) for n in ("w1", "w2", "w3", "h.0.attn.bias", "a.rotary_emb.inv_freq")}
+    bind_types(graph, stored)
+    with pytest.raises(CheckpointError, match=r"has 1 tensors that the model does not use, such as w4"):
+        bind_types(graph, {**stored, "w4": TensorType((6, 4), F32)})
 
 
 def test_unknown_pass_is_named() -> None:
