@@ -27,7 +27,7 @@ $(VENV)/.test: $(BIN)/python $(SOURCES)
 install: $(VENV)/.demo ## Make .venv and install Pelton (compiles the extension)
 
 demo: $(VENV)/.demo ## Answer a prompt with SmolLM2-135M-Instruct on this machine
-	$(BIN)/pelton run -p "Explain in three sentences why the sky is blue." --max-tokens 120 --temperature 0
+	$(BIN)/pelton run -p "Explain in three sentences why the sky is blue." --max-tokens 120 --temperature 0 < /dev/null
 
 test: $(VENV)/.test ## Install what the tests need and run them all
 	$(BIN)/python -m pytest

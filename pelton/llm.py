@@ -50,6 +50,9 @@ class Detokenizer(Protocol):
 class Tokenizer(Protocol):
     """What this module needs of :class:`pelton.text.tokenizer.Tokenizer`."""
 
+    @property
+    def chat_template(self) -> str | None: ...
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
@@ -95,9 +98,7 @@ class LLM:
         PeltonError: the model cannot be loaded.
     """
 
-    def __init__(
-        self, model: str = "", *, progress: Callable[[int, int], None] | None = None, **options: Any
-    ) -> None:
+    def __init__(self, model: str = "", *, progress: Callable[[int, int], None] | None = None, **options: Any) -> None:
         known = EngineConfig.field_names()
         for name in options:
             if name not in known:

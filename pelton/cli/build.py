@@ -9,7 +9,7 @@ import click
 from . import options
 
 
-@click.command()
+@click.command(short_help="Pack a model's weights ahead of time.")
 @options.model
 @options.dtype
 @options.isa
@@ -24,7 +24,7 @@ def build(model: str, dtype: str, isa: str | None, threads: int | None) -> None:
     \b
     Examples:
       pelton build
-      pelton build meta-llama/Llama-3.2-1B --dtype bf16
+      pelton build Qwen/Qwen3-0.6B --dtype bf16
     """
     from ..build import build as build_model
     from ..config import EngineConfig

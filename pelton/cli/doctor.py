@@ -20,7 +20,7 @@ _OPTIONAL = {
 }
 
 
-@click.command()
+@click.command(short_help="Check this machine: kernels, peaks, memory.")
 @options.isa
 @options.threads
 @options.as_json

@@ -7,7 +7,7 @@ import click
 from . import options
 
 
-@click.command()
+@click.command(short_help="Print a model's graph or program as text.")
 @options.model
 @click.option("--after", metavar="STAGE", help="Stop after this stage. Default: after the last pass.")
 @options.max_num_seqs
@@ -18,7 +18,7 @@ def dump_graph(model: str, after: str | None, max_num_seqs: int, dtype: str, kv_
 
     \b
     Stages, in order:
-      trace                as the model file records it, with the checkpoint's types
+      trace                as recorded, with the checkpoint's types
       last_token_logits    logits only where a token is sampled
       merge_linears        q, k, v and gate, up as one product each
       fuse_add_norm        residual addition and norm in one call

@@ -34,7 +34,7 @@ PROMPT_KEYS = ("prompt", "messages", "prompt_token_ids")
 SAMPLING_KEYS = tuple(f.name for f in fields(SamplingParams))
 
 
-@click.command()
+@click.command(short_help="Answer a file of prompts, resumable.")
 @options.model
 @click.option("-i", "--input", required=True, type=click.Path(path_type=Path), help="JSON lines of prompts.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="JSON lines of answers.")
@@ -72,12 +72,13 @@ def generate(
 
     Each input line is a JSON object with prompt, messages or prompt_token_ids, an optional id, and any
     sampling parameter. The output has a line per prompt, in the order of completion, with id, text,
-    finish_reason and usage.
+    finish_reason and usage. A prompt that the model refuses (too long, say) gets a line with "error",
+    and is tried again by the next run; the last line of an index counts.
 
     \b
     Examples:
       pelton generate -i prompts.jsonl -o answers.jsonl --temperature 0
-      pelton generate model.gguf -i prompts.jsonl -o answers.jsonl --max-num-seqs 128
+      pelton generate model.gguf -i in.jsonl -o out.jsonl --max-num-seqs 128
 
     \b
     A line of the input:
@@ -97,6 +98,8 @@ def generate(
         "max_model_len": max_model_len,
         "dtype": dtype,
         "kv_cache_dtype": kv_cache_dtype,
+        "device": device,
+        "token_ids": token_ids,
     }
     with _opened(output, made_from, overwrite) as (sink, done):
         missing = [task for task in tasks if task.index not in done]
@@ -267,13 +270,18 @@ def _check_origin(output: Path, sidecar: Path, made_from: dict[str, Any]) -> Non
 
 
 def _read_answers(content: bytes, output: Path) -> tuple[dict[int, str | int], int]:
-    """{index: id} and the length in bytes of the complete lines."""
+    """{index: id} of what need not be answered again, and the length in bytes of the complete lines.
+
+    A prompt that was refused is tried again: its later line replaces the earlier one.
+    """
     done: dict[int, str | int] = {}
     length = content.rfind(b"\n") + 1
     for number, line in enumerate(content[:length].split(b"\n")[:-1], 1):
         try:
             answer = json.loads(line)
-            done[answer["index"]] = answer["id"]
+            index, identifier = answer["index"], answer["id"]
+            if "error" not in answer:
+                done[index] = identifier
         except (ValueError, KeyError, TypeError):
             raise RequestError(f"{output} line {number}: no answer of Pelton", "repair it or --overwrite") from None
     return done, length

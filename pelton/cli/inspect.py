@@ -11,7 +11,7 @@ import click
 from . import options
 
 
-@click.command()
+@click.command(short_help="Show config, parameters and needed memory.")
 @options.model
 @options.max_model_len
 @options.max_num_seqs
@@ -29,7 +29,7 @@ def inspect(
     \b
     Examples:
       pelton inspect
-      pelton inspect meta-llama/Llama-3.2-1B --max-model-len 8192 --max-num-seqs 16
+      pelton inspect Qwen/Qwen3-0.6B --max-model-len 8192 --max-num-seqs 16
       pelton inspect model.gguf --json
     """
     from ..build import plan, trained_context

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -99,17 +100,22 @@ def pelton(ctx: click.Context, version: bool) -> None:
 
     \b
     Examples:
-      pelton run                      chat with the demo model
-      pelton run org/name -p "Hi"     one answer of a model from the Hugging Face hub
-      pelton doctor                   what this machine can do
-      pelton VERB --help              more examples, and every option
+      pelton run                     chat with the demo model
+      pelton run org/name -p "Hi"    one answer, of a model from Hugging Face
+      pelton doctor                  what this machine can do
+      pelton VERB --help             more examples, and every option
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
 
+def _print_note(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"note: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def main() -> None:
     """The console script."""
+    warnings.showwarning = _print_note  # what a library user sees as a warning
     pelton(prog_name="pelton")
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
 
 class _Described(click.Argument):
-    """An argument that the help lists with the options; click itself leaves arguments to the prose."""
+    """An argument that the help describes; older versions of click leave arguments to the prose."""
 
-    def __init__(self, *names: str, help: str, **settings: Any) -> None:
-        super().__init__(*names, **settings)
-        self.help = help
+    def __init__(self, param_decls: Sequence[str], help: str, **settings: Any) -> None:
+        super().__init__(param_decls, **settings)
+        self._text = help
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
-        return self.make_metavar(ctx), self.help
+        return self.make_metavar(ctx), self._text
 
 
 model = click.argument(
@@ -34,9 +35,7 @@ max_model_len = click.option(
 max_num_seqs = click.option(
     "--max-num-seqs", type=int, default=64, metavar="N", help="Sequences that run together in one step."
 )
-threads = click.option(
-    "--threads", type=int, metavar="N", help="CPU threads. Default: the cores this process may use."
-)
+threads = click.option("--threads", type=int, metavar="N", help="CPU threads. Default: the cores this process may use.")
 isa = click.option(
     "--isa",
     metavar="ISA",

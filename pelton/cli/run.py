@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 HELP = """\
 /help              this list
 /clear             start a new conversation
-/system TEXT       set the system prompt (and start a new conversation); without TEXT remove it
-/set NAME VALUE    change a sampling parameter: /set temperature 0.7; without arguments show them
+/system TEXT       start a new conversation with this system prompt, or none
+/set               show the sampling parameters
+/set NAME VALUE    change one: /set temperature 0.7
 /stats             statistics after each answer on or off
 /exit              leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
@@ -33,13 +35,15 @@ HELP = """\
 SETTABLE = tuple(f.name for f in fields(SamplingParams) if f.name != "n")
 
 
-@click.command()
+@click.command(short_help="Chat in the terminal, or answer once.")
 @options.model
 @click.option("-p", "--prompt", metavar="TEXT", help="Answer this and leave.")
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @click.option("--chat/--no-chat", default=True, help="Use the chat template, or continue the raw text.")
 @click.option("--temperature", type=float, default=0.7, help="0 is greedy.")
-@click.option("--top-p", type=float, default=0.95, help="Keep the likeliest tokens that together have this probability.")
+@click.option(
+    "--top-p", type=float, default=0.95, help="Keep the likeliest tokens that together have this probability."
+)
 @click.option("--top-k", type=int, default=0, help="Keep this many tokens; 0: all.")
 @click.option("--min-p", type=float, default=0.0, help="Keep tokens at least this likely, relative to the likeliest.")
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages repetition.")
@@ -93,6 +97,9 @@ def run(
             kv_cache_dtype=kv_cache_dtype, isa=isa, threads=threads, device=device,
         )  # fmt: skip
     with llm:
+        if chat and llm.tokenizer is not None and llm.tokenizer.chat_template is None:
+            print("note: the model has no chat template, its raw text goes on (as with --no-chat)", file=sys.stderr)
+            chat = False
         session = Session(llm, params, system=system, chat=chat, stats=stats)
         if prompt is not None:
             session.answer(prompt)
@@ -158,7 +165,7 @@ class Session:
                 elif line:
                     self.answer(line)
             except KeyboardInterrupt:
-                _note("\n(stopped)")
+                _note("(stopped)")
             except PeltonError as error:
                 from .main import print_error
 
@@ -195,7 +202,8 @@ class Session:
             _note("\n".join(f"{n} = {getattr(self.params, n)!r}" for n in SETTABLE))
             return
         if name not in SETTABLE:
-            raise RequestError(f"no parameter {name!r}", f"choose one of {', '.join(SETTABLE)}")
+            close = difflib.get_close_matches(name, SETTABLE, n=1)
+            raise RequestError(f"no parameter {name!r}", f"did you mean {close[0]}?" if close else "/set shows them")
         try:
             parsed: Any = json.loads(value)
         except ValueError:
@@ -219,6 +227,10 @@ class Session:
                     pieces.append(last.outputs[0].text)
                     sys.stdout.write(pieces[-1])
                     sys.stdout.flush()
+        except KeyboardInterrupt:
+            if not pieces:
+                _note("")  # the terminal has written ^C
+            raise
         finally:
             if pieces and not pieces[-1].endswith("\n"):
                 sys.stdout.write("\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TokenizerError
@@ -113,14 +114,17 @@ def _merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     merges = _texts(metadata, "merges")
     if not merges:
         raise TokenizerError("the BPE vocabulary has no merges (tokenizer.ggml.merges)", "convert the model again")
-    pairs = []
-    for merge in merges:
-        left, _, right = merge.partition(" ")
-        if not left:  # the left half starts with a space itself
-            left, _, right = merge[1:].partition(" ")
-            left = " " + left
-        pairs.append((left, right))
-    return pairs
+    # One pass in C for the 10^5 merges of ordinary files; a loop in Python only for the odd ones among them.
+    pairs = list(map(tuple, map(str.split, merges, repeat(" "))))
+    return [pair if len(pair) == 2 and pair[0] else _odd_merge(merges[i]) for i, pair in enumerate(pairs)]
+
+
+def _odd_merge(merge: str) -> tuple[str, str]:
+    left, _, right = merge.partition(" ")
+    if not left:  # the left half starts with a space itself
+        left, _, right = merge[1:].partition(" ")
+        left = " " + left
+    return left, right
 
 
 def _ids(tokens: Sequence[str]) -> dict[str, int]:

@@ -78,7 +78,7 @@ def test_a_line_overrides_the_options(pelton, built, files):
         ('{"messages": ["hi"]}', "line 2: messages is no conversation"),
         ('{"prompt_token_ids": [1.5]}', "line 2: prompt_token_ids is no list of token ids"),
         ('{"prompt": "a", "top_p": 7}', "line 2: top_p is 7; choose a value"),
-        ('{"prompt": "a", "stop": 7}', "line 2: a sampling parameter has the wrong type"),
+        ('{"prompt": "a", "stop": 7}', "line 2: stop is 7; give a list"),
         ('{"prompt": "a", "id": 0}', "line 2: id 0 is that of line 1; make ids unique"),
         ('{"prompt": "a", "id": [0]}', "line 2: id is neither text nor integer"),
     ],
@@ -110,6 +110,11 @@ def test_a_refused_prompt_gets_an_error_line_and_the_others_their_answers(pelton
     rows = answers(files[1])
     assert "the prompt has 600 tokens" in rows[1]["error"]
     assert [rows[i]["text"] for i in (0, 2)] == ["A", "B"]
+
+    built.parts = FakeBuilt()
+    again = pelton("generate", "-i", files[0], "-o", files[1])
+    assert again.exit_code == 2  # the same prompt was tried again, and nothing else
+    assert [row["index"] for row in map(json.loads, files[1].read_text().splitlines())][3:] == [1]
 
 
 def test_a_finished_run_is_not_run_again(pelton, built, files):
@@ -212,7 +217,7 @@ def slowly(batch):
     time.sleep(0.01)
     return inner(batch)
 built.executor.submit = slowly
-sys.modules["pelton.build"] = types.SimpleNamespace(build=lambda config: built)
+sys.modules["pelton.build"] = types.SimpleNamespace(build=lambda config, progress: built)
 from pelton.cli.main import main
 sys.argv = ["pelton", "generate", *sys.argv[1:]]
 main()

@@ -134,9 +134,9 @@ def test_set_changes_a_parameter_and_refuses_nonsense(capsys):
     assert (session.params.temperature, session.params.max_tokens, session.params.stop) == (0.25, None, ("END",))
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 4
-    assert "no parameter 'temprature'; choose one of temperature, top_k" in errors[0]
+    assert "no parameter 'temprature'; did you mean temperature?" in errors[0]
     assert "top_p is 7" in errors[1]
-    assert "stop_token_ids cannot be 5" in errors[2]
+    assert "stop_token_ids is 5; give a list" in errors[2]
     assert "no command /nonsense; /help lists them" in errors[3]
 
 
@@ -216,3 +216,10 @@ def test_the_line_of_statistics_says_what_is_known():
 def test_mbu_is_that_of_the_decode_steps(pelton, built):
     built.parts = FakeBuilt(peak_bandwidth=1000.0, stats=StepStats(seconds=0.5, bytes=250.0))
     assert "MBU 50 %" in pelton("run", "-p", "hello").stderr
+
+
+def test_a_base_model_goes_on_with_the_raw_text(pelton, built, monkeypatch):
+    monkeypatch.setattr(type(built.parts.tokenizer), "chat_template", None)
+    result = pelton("run", "base", "-p", "hello", "--no-stats")
+    assert (result.exit_code, result.stdout) == (0, "HELLO\n")
+    assert "note: the model has no chat template" in result.stderr

@@ -43,6 +43,8 @@ class FakeDetokenizer:
 
 
 class FakeTokenizer:
+    chat_template: str | None = "a template"
+
     def __init__(self, has_template: bool = True) -> None:
         self.has_template = has_template
 
