@@ -103,6 +103,11 @@ class EngineConfig:
     packed_cache: bool = True  # keep packed weights on disk, mmapped at the next start
     seed: int = 0  # for requests without one
 
+    def __post_init__(self) -> None:
+        for name in ("dtype", "kv_cache_dtype"):  # the names that torch and vLLM have for the same types
+            value = getattr(self, name)
+            object.__setattr__(self, name, {"float32": "f32", "bfloat16": "bf16"}.get(value, value))
+
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
         return tuple(f.name for f in fields(cls))

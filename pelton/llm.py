@@ -396,6 +396,7 @@ class LLM:
                 output,
                 completion,
                 one,
+                tokenizer,
                 None
                 if tokenizer is None
                 else tokenizer.detokenizer(params.skip_special_tokens, at_start=given.is_chat),
@@ -436,7 +437,7 @@ class _Run:
 class _Answer:
     """One of the n answers to a prompt while it grows: tokens to text, stop strings."""
 
-    __slots__ = ("_delta", "_detokenizer", "_index", "_params", "_stops", "completion", "output", "run")
+    __slots__ = ("_delta", "_detokenizer", "_index", "_params", "_stops", "_tokenizer", "completion", "output", "run")
 
     def __init__(
         self,
@@ -445,6 +446,7 @@ class _Answer:
         output: RequestOutput,
         completion: CompletionOutput,
         params: SamplingParams,
+        tokenizer: Tokenizer | None,
         detokenizer: Detokenizer | None,
         stops: Any,
     ) -> None:
@@ -456,6 +458,7 @@ class _Answer:
         completion.cumulative_logprob = None if params.logprobs is None else 0.0
         self._index = index
         self._params = params
+        self._tokenizer = tokenizer
         self._detokenizer = detokenizer
         self._stops = stops
         self._delta = CompletionOutput(completion.index)
@@ -468,6 +471,9 @@ class _Answer:
         logprobs = None
         if whole.logprobs is not None:
             logprobs = [entry for entry in new.logprobs if entry is not None]
+            if self._tokenizer is not None:
+                for token_id, logprob in ((t, p) for entry in logprobs for t, p in entry.items()):
+                    logprob.decoded_token = self._tokenizer.decode([token_id], skip_special_tokens=False)
             whole.logprobs.extend(logprobs)
             assert whole.cumulative_logprob is not None
             for token_id, entry in zip(new.token_ids, logprobs, strict=True):

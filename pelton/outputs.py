@@ -8,12 +8,37 @@ from dataclasses import dataclass, field
 from .metrics import RequestMetrics
 
 
+class Logprob(float):
+    """The log-probability of a token: a number that also knows its ``rank`` and ``decoded_token``.
+
+    rank: 1 for the most likely token of the vocabulary at this place. decoded_token: its text alone,
+    None without a tokenizer. ``logprob`` is the number itself, under the name vLLM has for it.
+    """
+
+    __slots__ = ("decoded_token", "rank")
+    rank: int
+    decoded_token: str | None
+
+    def __new__(cls, logprob: float, rank: int, decoded_token: str | None = None) -> Logprob:
+        self = super().__new__(cls, logprob)
+        self.rank = rank
+        self.decoded_token = decoded_token
+        return self
+
+    @property
+    def logprob(self) -> float:
+        return float(self)
+
+    def __repr__(self) -> str:
+        return f"Logprob(logprob={float(self):.4f}, rank={self.rank}, decoded_token={self.decoded_token!r})"
+
+
 @dataclass(slots=True)
 class CompletionOutput:
     """One answer to a prompt.
 
     In a stream, ``text``, ``token_ids`` and ``logprobs`` are what is new since the last output of this
-    answer; otherwise they are all of it. ``logprobs[i]`` maps token id to log-probability (natural
+    answer; otherwise they are all of it. ``logprobs[i]`` maps token id to :class:`Logprob` (natural
     logarithm, of the raw logits) at position i. ``stop_reason`` is the stop string or stop token id
     that ended the answer, None for an end-of-sequence token or another ``finish_reason``.
     """
@@ -21,7 +46,7 @@ class CompletionOutput:
     index: int
     text: str = ""
     token_ids: Sequence[int] = ()
-    logprobs: list[dict[int, float]] | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None  # "stop" | "length" | "abort"; None: not finished
     stop_reason: int | str | None = None
     cumulative_logprob: float | None = None

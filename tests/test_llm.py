@@ -9,6 +9,7 @@ import pelton
 from pelton import LLM, EngineConfig, SamplingParams
 from pelton.errors import RequestError, TokenizerError
 from pelton.llm import _interrupts_deferred
+from pelton.outputs import Logprob
 from tests.helpers.fake_parts import FakeBuilt, FakeTokenizer, ids_of, prompt_text
 
 
@@ -266,12 +267,18 @@ def test_logprobs_come_with_the_tokens_and_add_up():
     from tests.helpers.fake_executor import FakeExecutor
 
     def sampler(logits, specs):
-        return [SampledToken(5, {5: -0.5, 6: -1.0}) if spec.params.logprobs else SampledToken(5) for spec in specs]
+        return [
+            SampledToken(5, {5: Logprob(-0.5, 1), 6: Logprob(-1.0, 2)}) if spec.params.logprobs else SampledToken(5)
+            for spec in specs
+        ]
 
     built = FakeBuilt()
     built.executor = FakeExecutor(vocab_size=100, sampler=sampler)
     completion = LLM.from_parts(built).generate("a", SamplingParams(max_tokens=3, logprobs=1))[0].outputs[0]
     assert completion.logprobs == [{5: -0.5, 6: -1.0}] * 3
+    second = completion.logprobs[0][6]
+    assert (second.logprob, second.rank) == (-1.0, 2)
+    assert second.decoded_token == built.tokenizer.decode([6])
     assert completion.cumulative_logprob == -1.5
 
 
@@ -314,3 +321,7 @@ def test_the_public_names_exist_and_importing_them_is_light():
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_types_may_be_called_as_torch_calls_them():
+    assert EngineConfig(dtype="bfloat16", kv_cache_dtype="float32") == EngineConfig(dtype="bf16", kv_cache_dtype="f32")

@@ -61,10 +61,9 @@ def text_tokens() -> tuple[int, ...]:
 
 
 @functools.cache
-def oracle_perplexity() -> float:
+def oracle_perplexity(tokens: tuple[int, ...]) -> float:
     import torch
 
-    tokens = text_tokens()
     with torch.no_grad():
         logits = oracle()(torch.tensor([tokens]), use_cache=False).logits[0]
     return float(np.exp(negative_log_likelihood(logits[:-1].numpy(), list(tokens[1:])) / (len(tokens) - 1)))
@@ -86,9 +85,11 @@ def pelton_perplexity(isa: str, chunk: int, tokens: tuple[int, ...]) -> float:
 
 @pytest.mark.parametrize("isa", [b for b in backends() if b != "reference"])
 def test_perplexity_is_that_of_transformers_on_the_same_weights(isa: str) -> None:
-    got = pelton_perplexity(isa, CHUNK, text_tokens())
-    print(f"perplexity {isa}: {got:.4f}, transformers f32: {oracle_perplexity():.4f}")
-    assert got == pytest.approx(oracle_perplexity(), rel=0.005)
+    # The whole text for the tier that users get; the slow tiers, which differ in rounding only, on its start.
+    tokens = text_tokens() if isa == backends()[-1] else text_tokens()[:1000]
+    got, want = pelton_perplexity(isa, CHUNK, tokens), oracle_perplexity(tokens)
+    print(f"perplexity of {len(tokens)} tokens, {isa}: {got:.4f}, transformers f32: {want:.4f}")
+    assert got == pytest.approx(want, rel=0.005)
 
 
 def test_golden_answer() -> None:

@@ -13,6 +13,8 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..outputs import Logprob
+
 
 @dataclass(frozen=True, slots=True)
 class KVSpec:
@@ -69,10 +71,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """``logprobs`` maps token id to log-probability: the sampled token and the requested top ones."""
+    """``logprobs``: the sampled token and the requested top ones, by token id."""
 
     token_id: int
-    logprobs: dict[int, float] | None = None
+    logprobs: dict[int, Logprob] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from ..backends.base import Executor, StepStats
 from ..config import SamplingParams
 from ..errors import RequestError
 from ..metrics import RequestMetrics
+from ..outputs import Logprob
 from .request import FinishReason, Request, Sequence, derive_seed
 from .scheduler import Budget, Schedule, SchedulerState, schedule
 
@@ -28,7 +29,7 @@ class EngineOutput:
 
     request_id: str
     token_ids: tuple[int, ...]
-    logprobs: tuple[dict[int, float] | None, ...]
+    logprobs: tuple[dict[int, Logprob] | None, ...]
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     metrics: RequestMetrics | None = None

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from ..backends.base import SampledToken, SampleSpec
 from ..config import SamplingParams
+from ..outputs import Logprob
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -173,12 +174,12 @@ def _draw(weights: Doubles, u: float) -> int:
     return chosen
 
 
-def _logprobs(row: Floats, token: int, count: int) -> dict[int, float]:
+def _logprobs(row: Floats, token: int, count: int) -> dict[int, Logprob]:
     """The log-probability of ``token``, then those of the ``count`` most likely, largest first."""
     peak = float(row.max())
     offset = peak + float(np.log(np.exp(row - np.float32(peak), dtype=np.float32).sum(dtype=np.float64)))
-    result = {token: float(row[token]) - offset}
+    result = {token: Logprob(float(row[token]) - offset, int((row > row[token]).sum()) + 1)}
     if count:
-        for other in _largest(row, count):
-            result.setdefault(int(other), float(row[other]) - offset)
+        for rank, other in enumerate(_largest(row, count), 1):
+            result.setdefault(int(other), Logprob(float(row[other]) - offset, rank))
     return result

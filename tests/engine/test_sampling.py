@@ -161,6 +161,8 @@ def test_logprobs_are_those_of_the_raw_logits():
     raw = row - np.log(np.exp(row).sum())
     assert token.token_id == 2
     assert token.logprobs == pytest.approx({2: raw[2], 1: raw[1]}, abs=1e-6)
+    order = [int(t) for t in np.argsort(-raw)]
+    assert {t: p.rank for t, p in token.logprobs.items()} == {t: order.index(t) + 1 for t in token.logprobs}
 
 
 def test_logprobs_0_gives_the_sampled_token_only():
