@@ -38,6 +38,8 @@ def step_inputs(batch: Batch, block_size: int, *, every: bool = False) -> StepIn
     starts = np.zeros(len(sequences) + 1, np.int32)
     np.cumsum(counts, out=starts[1:])
     seq_lens = [s.num_computed_tokens + n for s, n in zip(sequences, counts, strict=True)]
+    if any(len(s.block_ids) * block_size < n for s, n in zip(sequences, seq_lens, strict=True)):
+        raise ValueError("a sequence has fewer blocks than tokens; its keys would land in another's block")
     table = np.zeros((len(sequences), max(len(s.block_ids) for s in sequences)), np.int32)
     for row, sequence in zip(table, sequences, strict=True):
         row[: len(sequence.block_ids)] = sequence.block_ids

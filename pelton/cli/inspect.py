@@ -67,6 +67,7 @@ def inspect(
         "max_num_seqs": max_num_seqs,
         "ledger": {name: size for name, size, _ in ledger.rows()},
         "available": planned.available,
+        "notes": list(planned.notes),
         "fits": ledger.total <= planned.available,
     }
     if as_json:
@@ -92,3 +93,5 @@ def _print(result: dict[str, Any], ledger: list[tuple[str, int, str]]) -> None:
     memory.append(("free now", human(result["available"]), "it fits" if result["fits"] else "it does not fit"))
     title = f"memory for contexts of {result['max_model_len']:,} tokens, {result['max_num_seqs']} sequences at once"
     print_table(title, memory, "lrl")
+    if result["notes"]:
+        print_table("notes", [(note,) for note in result["notes"]])

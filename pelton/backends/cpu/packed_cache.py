@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,10 @@ def _open(path: Path, sizes: Sequence[int]) -> list[Bytes] | None:
 
 def _write_atomically(path: Path, chunks: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in path.parent.glob(".writing-*"):  # by a process that was killed; nobody else cleans up
+        with contextlib.suppress(OSError):
+            if time.time() - abandoned.stat().st_mtime > 3600:
+                abandoned.unlink()
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
     try:
         with os.fdopen(handle, "wb") as stream:

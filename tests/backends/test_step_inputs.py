@@ -1,0 +1,42 @@
+"""From a batch of plain values to the arrays of a step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pelton.backends.base import Batch, ScheduledSequence
+from pelton.backends.step_inputs import step_inputs
+from tests.helpers.families import spec
+
+
+def test_a_ragged_batch_is_flattened() -> None:
+    batch = Batch(
+        (
+            ScheduledSequence("a", (5, 6, 7), 15, (3, 0), spec()),
+            ScheduledSequence("b", (8,), 0, (2,), None),
+            ScheduledSequence("c", (9,), 31, (1, 4), spec()),
+        )
+    )
+    inputs = step_inputs(batch, 16)
+    arrays = {name: array.tolist() for name, array in inputs.arrays.items()}
+    assert arrays == {
+        "token_ids": [5, 6, 7, 8, 9],
+        "positions": [15, 16, 17, 0, 31],
+        "slot_mapping": [3 * 16 + 15, 0, 1, 2 * 16, 4 * 16 + 15],
+        "block_table": [[3, 0], [2, 0], [1, 4]],
+        "seq_lens": [18, 1, 32],
+        "query_start_loc": [0, 3, 4, 5],
+        "logits_indices": [2, 4],
+    }
+    assert inputs.dims == (5, 3, 2)
+    assert all(a.dtype == np.int32 for a in inputs.arrays.values())
+    assert step_inputs(batch, 16, every=True).arrays["logits_indices"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_sequence_without_enough_blocks_never_writes_into_anothers() -> None:
+    batch = Batch(
+        (ScheduledSequence("a", (1,), 0, (0, 1), None), ScheduledSequence("b", tuple(range(17)), 0, (3,), None))
+    )
+    with pytest.raises(ValueError, match="fewer blocks than tokens"):
+        step_inputs(batch, 16)
