@@ -1,0 +1,163 @@
+"""Every op on every ISA tier against its row of the op table: one-op graphs, odd sizes, ragged batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pelton.backends.base import Batch, KVSpec, ScheduledSequence
+from pelton.backends.cpu import _native
+from pelton.backends.cpu.executor import CpuExecutor
+from pelton.backends.reference.executor import ReferenceExecutor
+from pelton.graph import BF16, F32, OPS, CacheType, Graph, GroupQuant, Node, make
+from pelton.graph import builder as g
+from pelton.graph.quantized import QuantizedArray
+from pelton.nn import Step
+from pelton.program import lower
+from tests.helpers.families import backends, spec
+
+ISAS = [b for b in backends() if b != "reference"]
+VOCAB, BLOCKS, BLOCK = 61, 12, 16
+STEP = Step()
+COSTLESS = {"input", "weight", "slice", "item", "concat", "transpose", "permute_rows"}  # no kernel of their own
+
+
+def x(cols: int, name: str = "x") -> Node:
+    """Random activations [T, cols]: rows of a table, looked up by the step's tokens."""
+    return g.embedding(STEP.token_ids, g.weight(name, (VOCAB, cols), F32))
+
+
+def cached(cols_q: int, heads: int, kv_heads: int, dtype: Any, rope: dict[str, Any] | None, **attrs: Any) -> Node:
+    dim = cols_q // heads
+    cache = g.cache_input("kv.0", CacheType(kv_heads, dim, dtype))
+    q, k, v = x(cols_q, "q"), x(dim * kv_heads, "k"), x(dim * kv_heads, "v")
+    if rope is not None:
+        pair = make("rope_kv_write", cache, q, k, v, STEP.positions, STEP.slot_mapping, head_dim=dim, **rope)
+        q, written = g.item(pair, 0), g.item(pair, 1)
+    else:
+        written = g.kv_write(cache, k, v, STEP.slot_mapping)
+    defaults = {"num_heads": heads, "scale": dim**-0.5, "window": 0, "softcap": 0.0, "alibi": False}
+    tables = (STEP.block_table, STEP.seq_lens, STEP.query_start_loc)
+    return g.attention(q, written, *tables, **(defaults | attrs))
+
+
+def fused(op: str, cols: int, with_bias: bool) -> Node:
+    weights = [g.weight(n, (cols,), F32) for n in ("w", "b")[: 1 + with_bias]]
+    attrs = {"eps": 1e-5, "weight_offset": 0.5} if op == "add_rms_norm" else {"eps": 1e-5}
+    pair = make(op, x(cols), x(cols, "y"), *weights, **attrs)
+    return g.mul(g.item(pair, 0), g.item(pair, 1))  # both results count
+
+
+def wide(n: int, k: int, dtype: Any, bias: bool = True) -> Node:
+    return g.linear(x(k), g.weight("w", (n, k), dtype), g.weight("b", (n,), F32) if bias else None)
+
+
+ROPE = {"rotary_dim": 6, "theta": 100.0}
+#: name -> (graph, whether products round to bf16 on tiers with bf16 dot products)
+CASES: dict[str, tuple[Callable[[], Node], bool]] = {
+    "embedding f32": (lambda: x(37), False),
+    "embedding bf16": (lambda: g.embedding(STEP.token_ids, g.weight("t", (VOCAB, 37), BF16)), False),
+    "embedding int4": (lambda: g.embedding(STEP.token_ids, g.weight("t", (VOCAB, 64), GroupQuant(4, 32, True))), False),
+    "linear f32": (lambda: wide(67, 37, F32), False),
+    "linear bf16": (lambda: wide(67, 37, BF16), True),
+    "linear int4": (lambda: wide(67, 96, GroupQuant(4, 32, False)), True),
+    "linear int6": (lambda: wide(130, 48, GroupQuant(6, 16, False), bias=False), True),
+    "linear int8 with minima": (lambda: wide(1, 64, GroupQuant(8, 64, True)), True),
+    "rms_norm": (lambda: g.rms_norm(x(37), g.weight("w", (37,), F32), 1e-5, 1.0), False),
+    "rms_norm by heads": (lambda: g.rms_norm(x(36), g.weight("w", (12,), BF16), 1e-5), False),
+    "layer_norm": (lambda: g.layer_norm(x(37), g.weight("w", (37,), F32), g.weight("b", (37,), F32), 1e-5), False),
+    "add_rms_norm": (lambda: fused("add_rms_norm", 37, False), False),
+    "add_layer_norm": (lambda: fused("add_layer_norm", 37, True), False),
+    "add": (lambda: g.add(x(37), x(37, "y")), False),
+    "mul": (lambda: g.mul(x(37), x(37, "y")), False),
+    "scale": (lambda: g.scale(x(37), 1.7), False),
+    "softcap": (lambda: g.softcap(x(37), 0.8), False),
+    **{f"activation {k}": (lambda k=k: g.activation(x(37), k), False) for k in ("silu", "gelu", "gelu_tanh", "relu")},
+    "gated_activation": (lambda: g.gated_activation(x(37), x(37, "y"), "silu"), False),
+    "views": (lambda: g.gated_activation(g.slice_(x(50), 3, 20), g.slice_(x(50), 31, 48), "gelu"), False),
+    "take_rows": (lambda: g.take_rows(x(37), STEP.logits_indices), False),
+    "rope": (lambda: g.rope(x(40), STEP.positions, head_dim=8, **ROPE), False),
+    "rope interleaved": (lambda: g.rope(x(40), STEP.positions, head_dim=8, interleaved=True, **ROPE), False),
+    "kv_write, attention": (lambda: cached(40, 5, 5, F32, None, alibi=True), False),
+    "rope_kv_write, attention": (lambda: cached(48, 6, 2, F32, ROPE, softcap=3.0), False),
+    "attention with a window": (lambda: cached(48, 6, 2, F32, ROPE, window=5), False),
+    "attention over bf16": (lambda: cached(80, 4, 2, BF16, ROPE), True),
+}  # fmt: skip
+
+
+def weights(graph: Graph) -> dict[str, Any]:
+    """Random values of each weight's type."""
+    made: dict[str, Any] = {}
+    for node in graph.leaves("weight"):
+        rng = np.random.default_rng(list(node.name.encode()))
+        shape, dtype = tuple(int(d) for d in node.tensor.shape), node.tensor.dtype
+        if isinstance(dtype, GroupQuant):
+            groups = (shape[0], shape[1] // dtype.group_size)
+            codes = rng.integers(0, 1 << dtype.bits, shape).astype(np.uint8)
+            scale = (rng.standard_normal(groups) / (1 << dtype.bits)).astype(np.float32)
+            minimum = rng.standard_normal(groups).astype(np.float32) if dtype.minimum else None
+            made[node.name] = QuantizedArray(codes, scale, minimum, dtype)
+        else:
+            values = rng.standard_normal(shape).astype(np.float32)
+            made[node.name] = values.astype(ml_dtypes.bfloat16) if dtype == BF16 else values
+    return made
+
+
+def steps() -> list[Batch]:
+    """A chunk and a prefill; then decode tokens, a chunk and a newcomer: 37 slots over several blocks."""
+    ids = [tuple(int(t) for t in np.random.default_rng(i).integers(0, VOCAB, 40)) for i in range(3)]
+    return [
+        Batch(
+            (
+                ScheduledSequence("a", ids[0][:23], 0, (5, 2), spec()),
+                ScheduledSequence("b", ids[1][:3], 0, (7,), None),
+            )
+        ),
+        Batch(
+            (
+                ScheduledSequence("b", ids[1][3:20], 3, (7, 1), spec()),
+                ScheduledSequence("a", ids[0][23:24], 23, (5, 2), spec()),
+                ScheduledSequence("c", ids[2][:1], 0, (0,), spec()),
+            )
+        ),
+        Batch((ScheduledSequence("a", ids[0][24:37], 24, (5, 2, 3), spec()),)),
+    ]  # fmt: skip
+
+
+def test_every_op_has_a_case_and_every_kernel_an_op() -> None:
+    covered = {node.op for make_node, _ in CASES.values() for node in Graph("g", (make_node(),)).nodes}
+    assert covered >= set(OPS) - COSTLESS
+    assert set(_native.kernels(ISAS[-1])) == set(OPS) - COSTLESS
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_means_what_its_row_says(name: str, isa: str) -> None:
+    node, rounds = CASES[name]
+    graph = Graph("one_op", (node(),)).verify()
+    values = weights(graph)
+    kv = KVSpec(BLOCKS, BLOCK, 0, 64)
+    program = lower(graph, {"T": 64, "S": 4, "N": 64}, 64)
+    oracle = ReferenceExecutor(graph, values.__getitem__, kv, lambda *_: [])
+    native = CpuExecutor(program, values.__getitem__, kv, lambda *_: [], isa=isa, threads=2)
+    every = graph.outputs[0].tensor.shape[0] == "T"
+    for batch in steps():
+        want = oracle.logits(batch, every=every)
+        if every:  # the arena's rows of this output are the step's tokens
+            native.logits(batch, every=True)
+            view = program.output
+            buffer = program.buffers[view.buffer]
+            got = native._native.arena(buffer.offset + 4 * view.start, batch.num_tokens, view.cols, buffer.cols)
+        else:
+            got = native.logits(batch)
+        # float32: 40 roundings of the sum's size, enough for sums of 96 and for polynomials of exp and erf.
+        # bf16 operands: 2**-9 each, averaging out over a sum. A key on the border of two bf16 numbers may
+        # be stored as either, on any tier.
+        rounded = rounds and (isa == "avx512_bf16" or "attention" in name)
+        limit = 2**-7 if rounded else 40 * float(np.finfo(np.float32).eps)
+        assert np.abs(got - want).max() <= limit * max(1.0, np.abs(want).max()), batch
+    native.close()
