@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -173,7 +174,7 @@ def test_an_unwritable_cache_is_a_warning_and_the_model_runs(folder, cache, monk
 def test_a_disk_that_fills_up_leaves_no_half_file(folder, cache, monkeypatch):
     expected = logits(folder)
     shutil.rmtree(cache / "packed")
-    inner = packed_cache._write_atomically
+    inner = packed_cache._write
 
     def full(path, chunks):
         def some():
@@ -182,9 +183,9 @@ def test_a_disk_that_fills_up_leaves_no_half_file(folder, cache, monkeypatch):
                     raise OSError(28, "No space left on device")
                 yield chunk
 
-        inner(path, some())
+        return inner(path, some())
 
-    monkeypatch.setattr(packed_cache, "_write_atomically", full)
+    monkeypatch.setattr(packed_cache, "_write", full)
     with pytest.warns(UserWarning, match="No space left"):
         np.testing.assert_array_equal(logits(folder), expected)
     assert not list((cache / "packed").iterdir())
@@ -192,6 +193,7 @@ def test_a_disk_that_fills_up_leaves_no_half_file(folder, cache, monkeypatch):
 
 PACK = """
 import sys
+import threading
 from tests.helpers.families import Sequences, load
 built = load(sys.argv[1], "generic", packed_cache=True)
 print(Sequences(built.executor).step(a=[5, 9, 33, 7, 21]).tobytes().hex())
@@ -265,9 +267,37 @@ def test_constants_start_on_pages(cache):
     reported: list[int] = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = open_or_pack("key", sizes, lambda i: parts[i], reported.append)
+        found, publishing = open_or_pack("key", sizes, lambda i: parts[i], reported.append)
+        publishing.join()
     assert reported == [0, 1, 2]
     for want, have in zip(parts, found, strict=True):
         np.testing.assert_array_equal(want, have)
         assert have.ctypes.data % 4096 == 0
         assert not have.flags.writeable
+
+
+def test_the_first_start_does_not_wait_for_the_disk_and_close_does(folder, cache, monkeypatch):
+    allowed = threading.Event()
+    inner = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: allowed.wait(60) and inner(handle))
+    monkeypatch.setattr(packed_cache, "content_hash", lambda files: "known")  # it publishes, too
+    built = load(folder, "generic", packed_cache=True)
+    answer = Sequences(built.executor).step(a=PROMPT)
+    assert not packed_files(cache)
+    allowed.set()
+    built.close()
+    assert len(packed_files(cache)) == 1
+    np.testing.assert_array_equal(logits(folder), answer)
+
+
+def test_a_file_that_the_disk_refuses_is_a_warning(folder, cache, monkeypatch):
+    expected = logits(folder)
+    shutil.rmtree(cache / "packed")
+
+    def refused(handle):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", refused)
+    with pytest.warns(UserWarning, match="Input/output error; see to the disk"):
+        np.testing.assert_array_equal(logits(folder), expected)
+    assert not list((cache / "packed").iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -95,6 +96,7 @@ class CpuExecutor:
         self._sampler = sampler
         self._tickets: dict[int, StepOutput] = {}
         self._next_ticket = 0
+        self._publishing: threading.Thread | None = None
         self._native = _native.Executor(isa, threads, max(program.arena_bytes, 64))
         for data in self._pack(read, content_key, on_packed):
             self._native.add_constant(data)
@@ -130,7 +132,7 @@ class CpuExecutor:
             recipe = [line for line, c in zip(recipe, constants, strict=True) if c.expr is not None]
             key = hashlib.sha256("\n".join([str(packing.VERSION), content_key, *recipe]).encode()).hexdigest()[:32]
             try:
-                packed = open_or_pack(key, sizes, pack, report)
+                packed, self._publishing = open_or_pack(key, sizes, pack, report)
             except OSError as error:
                 warnings.warn(
                     f"packed weights are not kept: {error}; set PELTON_CACHE to a writable folder", stacklevel=2
@@ -185,6 +187,8 @@ class CpuExecutor:
 
     def close(self) -> None:
         self._native.close()
+        if self._publishing is not None:
+            self._publishing.join()
 
 
 def _bytes(values: npt.NDArray[np.float32]) -> Bytes:

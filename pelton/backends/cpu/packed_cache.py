@@ -2,7 +2,8 @@
 
 A file is a valid safetensors file of uint8 tensors, one per constant of the program, each aligned to
 a page. Its name is a hash of the checkpoint's content, of what is packed and how, and of the packing's
-version. It is written beside its place and renamed, so a reader never sees half of one.
+version. It is written beside its place and renamed once it is on the disk, so a reader never sees half of
+one. The process that packs maps the file as soon as it is written and does not wait for the disk.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +50,17 @@ def content_hash(files: Sequence[Path]) -> str:
         digests.append(index[key])
     if changed:
         with contextlib.suppress(OSError):  # only a shortcut: without it the hash is made again
-            _write_atomically(index_path, [json.dumps(index).encode()])
+            _publish(_write(index_path, [json.dumps(index).encode()]), index_path)
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def open_or_pack(
     key: str, sizes: Sequence[int], pack: Callable[[int], Bytes], on_packed: Callable[[int], None]
-) -> list[Bytes]:
+) -> tuple[list[Bytes], threading.Thread | None]:
     """The packed constants, from the cache or packed now and kept there.
 
     pack(i) makes constant i, of sizes[i] bytes; on_packed(i) reports progress. Only one constant is in
-    memory at a time.
+    memory at a time. The second result, if anything was packed, ends when the file is safe on the disk.
 
     Raises:
         OSError: the cache cannot be written; the caller decides what then.
@@ -65,7 +68,7 @@ def open_or_pack(
     path = cache_dir() / "packed" / f"{key}.safetensors"
     found = _open(path, sizes)
     if found is not None:
-        return found
+        return found, None
 
     def chunks() -> Iterator[bytes | memoryview]:
         yield _header(sizes)
@@ -76,11 +79,14 @@ def open_or_pack(
             yield bytes(_aligned(size) - size)
             on_packed(i)
 
-    _write_atomically(path, chunks())
-    found = _open(path, sizes)
+    written = _write(path, chunks())
+    found = _open(written, sizes)
     if found is None:
-        raise OSError(f"{path} cannot be read back")
-    return found
+        written.unlink(missing_ok=True)
+        raise OSError(f"{written} cannot be read back")
+    publishing = threading.Thread(target=_publish, args=(written, path), name="pelton-packed-cache")
+    publishing.start()
+    return found, publishing
 
 
 def _aligned(offset: int) -> int:
@@ -119,20 +125,33 @@ def _open(path: Path, sizes: Sequence[int]) -> list[Bytes] | None:
     return constants
 
 
-def _write_atomically(path: Path, chunks: Any) -> None:
+def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> Path:
+    """Write a file beside ``path``; its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in path.parent.glob(".writing-*"):  # by a process that was killed; nobody else cleans up
         with contextlib.suppress(OSError):
             if time.time() - abandoned.stat().st_mtime > 3600:
                 abandoned.unlink()
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
     try:
         with os.fdopen(handle, "wb") as stream:
             for chunk in chunks:
                 stream.write(chunk)
-            stream.flush()
-            os.fsync(handle)  # or a power failure could leave a file of the right name and length, full of zeros
-        os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        os.unlink(name)
         raise
+    return Path(name)
+
+
+def _publish(written: Path, path: Path) -> None:
+    """Put a written file in its place, once it is on the disk.
+
+    Without the wait, a power failure could leave a file of the right name and length, full of zeros.
+    """
+    try:
+        with written.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(written, path)
+    except OSError as error:
+        warnings.warn(f"{path} was not kept: {error}; see to the disk and start again", stacklevel=2)
+        written.unlink(missing_ok=True)
