@@ -6,7 +6,12 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <memory>
 #include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
 
 #include "cpu/executor.h"
 #include "cpu/features.h"
@@ -25,25 +30,38 @@ using Indices = nb::ndarray<nb::numpy, const int32_t, nb::ndim<1>, nb::c_contig,
 using Rows = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 using Dims = std::tuple<int64_t, int64_t, int64_t>;
 
-// The executor and what must live as long as it.
+// The executor and what must live as long as it. Steps run without the GIL and hold their own reference,
+// so that close() in another thread takes nothing away from them.
+struct State {
+    State(const std::string& isa, int threads, int64_t arena_bytes) : executor(isa, threads, arena_bytes) {}
+
+    std::vector<Bytes> constants;  // destroyed after the executor
+    Executor executor;
+};
+
 class PyExecutor {
 public:
     PyExecutor(const std::string& isa, int threads, int64_t arena_bytes)
-        : executor_(std::make_unique<Executor>(isa, threads, arena_bytes)) {}
+        : state_(std::make_shared<State>(isa, threads, arena_bytes)) {}
 
     int add_constant(Bytes data) {
-        int index = get().add_constant(reinterpret_cast<const char*>(data.data()), static_cast<int64_t>(data.size()));
-        constants_.push_back(std::move(data));
+        State& state = *get();
+        if (reinterpret_cast<uintptr_t>(data.data()) % 4) {
+            throw std::invalid_argument("a constant must start at a multiple of 4 bytes");
+        }
+        int index =
+            state.executor.add_constant(reinterpret_cast<const char*>(data.data()), static_cast<int64_t>(data.size()));
+        state.constants.push_back(std::move(data));
         return index;
     }
 
-    int add_cache(int64_t bytes) { return get().add_cache(bytes); }
+    int add_cache(int64_t bytes) { return get()->executor.add_cache(bytes); }
 
     void add_call(const std::string& kernel, const std::vector<std::tuple<std::string, int64_t, int64_t>>& operands,
                   const std::vector<int64_t>& ints, const std::vector<double>& floats) {
         std::vector<OperandRef> refs;
         for (const auto& [space, index, offset] : operands) refs.push_back({space, index, offset});
-        get().add_call(kernel, refs, ints, floats);
+        get()->executor.add_call(kernel, refs, ints, floats);
     }
 
     double run(const Dims& dims, const std::vector<Indices>& inputs) { return run_step(dims, inputs, nullptr); }
@@ -56,7 +74,7 @@ public:
 
     // A view; the arena lives as long as the last view of it.
     Rows arena(int64_t offset, int64_t rows, int64_t cols, int64_t ld) {
-        std::shared_ptr<Mapping> arena = get().arena();
+        std::shared_ptr<Mapping> arena = get()->executor.arena();
         const bool sane = offset >= 0 && offset % 4 == 0 && rows >= 0 && cols >= 0 && ld >= cols &&
                           offset <= arena->size() && cols <= arena->size() && ld <= arena->size() &&
                           (rows == 0 || rows - 1 <= arena->size() / (4 * std::max<int64_t>(ld, 1)));
@@ -70,29 +88,25 @@ public:
         return Rows(reinterpret_cast<float*>(arena->data() + offset), 2, shape, owner, strides);
     }
 
-    void close() {
-        executor_.reset();
-        constants_.clear();
-    }
+    void close() { state_.reset(); }
 
 private:
-    Executor& get() {
-        if (!executor_) throw std::runtime_error("the executor is closed");
-        return *executor_;
+    const std::shared_ptr<State>& get() {
+        if (!state_) throw std::runtime_error("the executor is closed");
+        return state_;
     }
 
     double run_step(const Dims& dims, const std::vector<Indices>& inputs, std::vector<double>* per_call) {
-        Executor& executor = get();
+        const std::shared_ptr<State> state = get();  // let go after the GIL is back
         const int64_t sizes[3] = {std::get<0>(dims), std::get<1>(dims), std::get<2>(dims)};
         std::vector<StepInput> arrays;
         arrays.reserve(inputs.size());
         for (const Indices& input : inputs) arrays.push_back({input.data(), static_cast<int64_t>(input.size())});
         nb::gil_scoped_release release;
-        return executor.run(sizes, arrays, per_call);
+        return state->executor.run(sizes, arrays, per_call);
     }
 
-    std::unique_ptr<Executor> executor_;
-    std::vector<Bytes> constants_;
+    std::shared_ptr<State> state_;
 };
 
 nb::dict cpu_features() {
@@ -131,7 +145,9 @@ nb::dict peaks(const std::string& isa, int threads, double seconds) {
 int64_t cache_bytes(int64_t kv_heads, int64_t head_dim, int64_t block_size, int64_t num_blocks, int64_t format) {
     const char* error = check_cache(kv_heads, head_dim, block_size, num_blocks, format);
     if (error) throw std::invalid_argument(error);
-    return cache_layout(kv_heads, head_dim, block_size, format).block_bytes * num_blocks;
+    const int64_t bytes = cache_size(kv_heads, head_dim, block_size, num_blocks, format);
+    if (bytes == INT64_MAX) throw std::invalid_argument("a cache of that size has no address");
+    return bytes;
 }
 
 }  // namespace
@@ -149,12 +165,16 @@ NB_MODULE(_native, m) {
           "Size of the KV cache of one layer; format 0 is f32, 1 is bf16.");
     nb::class_<PyExecutor>(m, "Executor", "A flat list of kernel calls and the threads that walk it.")
         .def(nb::init<const std::string&, int, int64_t>(), "isa"_a, "threads"_a, "arena_bytes"_a)
-        .def("add_constant", &PyExecutor::add_constant, "data"_a, "Keeps a reference, does not copy.")
+        .def("add_constant", &PyExecutor::add_constant, "data"_a.noconvert(),
+             "Keeps a reference, does not copy: uint8, contiguous, at a multiple of 4 bytes.")
         .def("add_cache", &PyExecutor::add_cache, "num_bytes"_a, "Zeroed memory that costs nothing until touched.")
         .def("add_call", &PyExecutor::add_call, "kernel"_a, "operands"_a, "ints"_a, "floats"_a,
              "Operands are (space, index, byte_offset); ValueError with the contract's text if they do not fit.")
-        .def("run", &PyExecutor::run, "dims"_a, "inputs"_a, "Runs one step with dims (T, S, N); returns seconds.")
-        .def("run_profiled", &PyExecutor::run_profiled, "dims"_a, "inputs"_a, "Like run; returns seconds per call.")
+        .def("run", &PyExecutor::run, "dims"_a, "inputs"_a.noconvert(),
+             "Runs one step with dims (T, S, N); returns seconds.")
+        .def("run_profiled", &PyExecutor::run_profiled, "dims"_a, "inputs"_a.noconvert(),
+             "Like run; returns seconds per call.")
         .def("arena", &PyExecutor::arena, "offset"_a, "rows"_a, "cols"_a, "ld"_a, "A float32 view of the arena.")
-        .def("close", &PyExecutor::close, "Ends the threads and releases the memory. Idempotent.");
+        .def("close", &PyExecutor::close,
+             "Ends the threads and releases the memory, after the step that runs if one does. Idempotent.");
 }

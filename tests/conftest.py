@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 
 # Before anything imports pelton, and for the processes that tests start.
 if "PELTON_CACHE" not in os.environ:
     os.environ["PELTON_CACHE"] = tempfile.mkdtemp(prefix="pelton-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["PELTON_CACHE"], ignore_errors=True)

@@ -16,11 +16,19 @@ if [ "$kind" != thread ]; then
     cp -r pelton tests "$build/tree/"
     rm -f "$build"/tree/pelton/backends/cpu/_native*.so
     cp "$build"/address/_native*.so "$build/tree/pelton/backends/cpu/"
+    # An editable install finds pelton before the path does, and the tests would run against that module.
+    run='
+import os, sys, pytest
+sys.meta_path = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuildRedirectingFinder"]
+sys.path.insert(0, os.getcwd())
+from pelton.backends.cpu import _native
+assert _native.__file__.startswith(os.getcwd()), _native.__file__
+sys.exit(pytest.main(sys.argv[1:]))'
     # Python itself leaks at exit by design; the library must come first in a process that is not built with it.
     # libstdc++ is loaded early because the sanitizer intercepts exceptions through it.
     (cd "$build/tree" && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
         LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libstdc++.so)" \
-        "$python" -m pytest -p no:cacheprovider -q tests/backends/cpu)
+        "$python" -c "$run" -p no:cacheprovider -q tests/backends/cpu)
 fi
 if [ "$kind" != address ]; then
     cmake -S . -B "$build/thread" -DPELTON_SANITIZE=thread -DPELTON_PYTHON=OFF

@@ -26,9 +26,23 @@ const Contract* find_contract(const std::string& name) {
     return nullptr;
 }
 
+int64_t add_sizes(int64_t a, int64_t b) {
+    int64_t sum;
+    return __builtin_add_overflow(a, b, &sum) ? INT64_MAX : sum;
+}
+
+int64_t mul_sizes(int64_t a, int64_t b) {
+    int64_t product;
+    return __builtin_mul_overflow(a, b, &product) ? INT64_MAX : product;
+}
+
 std::string check_rows(const Call& call, int operand, int64_t rows, int64_t cols, int64_t ld) {
+    if (ld < cols) {  // rows that overlap would be written by several threads at once
+        return "operand " + std::to_string(operand) + " has " + std::to_string(cols) + " columns in rows of " +
+               std::to_string(ld) + " floats";
+    }
     if (rows == 0) return "";
-    if (((rows - 1) * ld + cols) * 4 <= call.operands[operand].bytes) return "";
+    if (mul_sizes(add_sizes(mul_sizes(rows - 1, ld), cols), 4) <= call.operands[operand].bytes) return "";
     return "operand " + std::to_string(operand) + " leaves the arena: " + std::to_string(rows) + " rows of " +
            std::to_string(ld) + " floats do not fit in " + std::to_string(call.operands[operand].bytes) + " bytes";
 }

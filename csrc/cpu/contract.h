@@ -50,6 +50,11 @@ struct Contract {
 const Contract* const* all_contracts();
 const Contract* find_contract(const std::string& name);
 
+// Sizes are products of numbers that the caller names, and may exceed 64 bits. These stop at the largest
+// int64_t, which no buffer has, so that a check against a buffer's size fails as it must. Not for negatives.
+int64_t add_sizes(int64_t a, int64_t b);
+int64_t mul_sizes(int64_t a, int64_t b);
+
 // Helpers for plan().
 std::string check_rows(const Call& call, int operand, int64_t rows, int64_t cols, int64_t ld);
 std::string check_input(const Call& call, const Step& step, int operand, int64_t size, int64_t limit);

@@ -25,7 +25,9 @@ Mapping::Mapping(int64_t bytes) : bytes_(bytes) {
     if (bytes == 0) return;
     void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
     madvise(p, bytes, MADV_HUGEPAGE);  // fewer TLB misses; a refusal does no harm
+#endif
     data_ = static_cast<char*>(p);
 }
 
@@ -59,7 +61,9 @@ void Executor::reject(const Contract& contract, const std::string& why) const {
 
 void Executor::add_call(const std::string& kernel, const std::vector<OperandRef>& operands,
                         const std::vector<int64_t>& ints, const std::vector<double>& floats) {
+    pool_.require_own_process();  // before the lock, which the fork may have copied locked
     std::lock_guard<std::mutex> lock(running_);
+    DefaultFloatMode mode;  // for the conversion of `floats`
     const Contract* contract = find_contract(kernel);
     if (!contract) throw std::invalid_argument("unknown kernel '" + kernel + "'");
     const size_t want = std::strlen(contract->operands);
@@ -124,6 +128,30 @@ void Executor::add_call(const std::string& kernel, const std::vector<OperandRef>
     work_.reset();
 }
 
+// The step works on copies: whoever owns the arrays may write to them while it runs, after the checks.
+void Executor::copy_inputs(const std::vector<StepInput>& inputs) {
+    size_t total = 0;
+    for (const StepInput& input : inputs) total += static_cast<size_t>(input.size);
+    if (input_values_.size() < total) input_values_.resize(total);
+    step_.inputs.resize(inputs.size());
+    int32_t* to = input_values_.data();
+    for (size_t i = 0; i < inputs.size(); ++i) {
+        const int64_t size = inputs[i].size;
+        Input& input = step_.inputs[i];
+        input = {to, size, 0, -1};
+        if (size == 0) continue;
+        std::memcpy(to, inputs[i].data, size * sizeof(int32_t));
+        int32_t low = to[0], high = low;
+        for (int64_t j = 1; j < size; ++j) {
+            low = std::min(low, to[j]);
+            high = std::max(high, to[j]);
+        }
+        input.min = low;
+        input.max = high;
+        to += size;
+    }
+}
+
 void Executor::plan(const int64_t dims[3], const std::vector<StepInput>& inputs) {
     for (int i = 0; i < 3; ++i) {
         if (dims[i] < 0 || dims[i] > INT32_MAX) throw std::invalid_argument("dims must not be negative");
@@ -133,27 +161,19 @@ void Executor::plan(const int64_t dims[3], const std::vector<StepInput>& inputs)
         throw std::invalid_argument("the calls need " + std::to_string(num_inputs_) + " inputs");
     }
     step_.threads = pool_.size();
-    step_.inputs.resize(inputs.size());
-    for (size_t i = 0; i < inputs.size(); ++i) {
-        Input& input = step_.inputs[i];
-        input = {inputs[i].data, inputs[i].size, 0, -1};
-        if (input.size == 0) continue;
-        int32_t low = input.data[0], high = low;
-        for (int64_t j = 1; j < input.size; ++j) {
-            low = std::min(low, input.data[j]);
-            high = std::max(high, input.data[j]);
-        }
-        input.min = low;
-        input.max = high;
-    }
+    copy_inputs(inputs);
     if (!work_) {  // calls were added since the last step
-        work_ = std::make_unique<Work[]>(calls_.size() * kMaxStages);
-        step_.attention_plans.resize(calls_.size());
-        scratch_ = std::make_unique<Mapping>(scratch_per_thread_ * pool_.size());
-        workers_.resize(pool_.size());
+        auto work = std::make_unique<Work[]>(calls_.size() * kMaxStages);
+        auto scratch = std::make_unique<Mapping>(scratch_per_thread_ * pool_.size());
+        std::vector<Worker> workers(pool_.size());
         for (int i = 0; i < pool_.size(); ++i) {
-            workers_[i] = {i, scratch_->data() ? scratch_->data() + i * scratch_per_thread_ : nullptr, 0};
+            workers[i] = {i, scratch->data() ? scratch->data() + i * scratch_per_thread_ : nullptr, 0};
         }
+        step_.attention_plans.resize(calls_.size());
+        // Nothing throws from here on: a step that could not have its memory leaves the next one to try again.
+        scratch_ = std::move(scratch);
+        workers_ = std::move(workers);
+        work_ = std::move(work);
     }
     step_.num_attention_plans = 0;
     num_work_ = 0;
@@ -222,6 +242,7 @@ void Executor::walk(int thread, std::vector<double>* per_call) {
 }
 
 double Executor::run(const int64_t dims[3], const std::vector<StepInput>& inputs, std::vector<double>* per_call) {
+    pool_.require_own_process();
     std::unique_lock<std::mutex> lock(running_, std::try_to_lock);
     if (!lock.owns_lock()) throw std::invalid_argument("the executor is running a step already");
     const double start = seconds_now();

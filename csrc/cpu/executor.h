@@ -48,6 +48,7 @@ public:
     int add_cache(int64_t bytes);
     void add_call(const std::string& kernel, const std::vector<OperandRef>& operands, const std::vector<int64_t>& ints,
                   const std::vector<double>& floats);
+    // Throws std::runtime_error in a process forked after the executor was made.
     // Returns seconds. With `per_call`, also the seconds of each call, with a barrier after each stage.
     double run(const int64_t dims[3], const std::vector<StepInput>& inputs, std::vector<double>* per_call = nullptr);
     std::shared_ptr<Mapping> arena() const { return arena_; }
@@ -71,6 +72,7 @@ private:
         bool barrier = false;  // after it
     };
 
+    void copy_inputs(const std::vector<StepInput>& inputs);
     void plan(const int64_t dims[3], const std::vector<StepInput>& inputs);
     void walk(int thread, std::vector<double>* per_call);
     [[noreturn]] void reject(const Contract& contract, const std::string& why) const;
@@ -85,6 +87,7 @@ private:
 
     std::mutex running_;
     Step step_;
+    std::vector<int32_t> input_values_;  // what step_.inputs point to; only grows
     std::unique_ptr<Work[]> work_;
     size_t num_work_ = 0;
     std::unique_ptr<Mapping> shared_, scratch_;

@@ -52,10 +52,12 @@ std::vector<std::pair<std::string, bool>> detect_flags() {
     return flags;
 }
 
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
 int64_t cache_bytes(int name) {
     long value = sysconf(name);
     return value > 0 ? value : 0;
 }
+#endif
 
 }  // namespace
 

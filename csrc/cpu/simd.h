@@ -121,22 +121,28 @@ PELTON_INLINE void store_n(float* p, VF v, int64_t n) {
 #endif
 }
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define PELTON_SHUFFLE(v, ...) __builtin_shufflevector(v, v, __VA_ARGS__)
+#else
+#define PELTON_SHUFFLE(v, ...) __builtin_shuffle(v, VI{__VA_ARGS__})
+#endif
+
 // Folds the lanes in a tree of fixed shape: lane i with lane i ^ kW/2, and so on. The orders are written
 // out because the compiler builds them at run time from a loop.
 template <class F>
 PELTON_INLINE float fold(VF v, F f) {
 #if defined(__AVX512F__)
-    v = f(v, __builtin_shuffle(v, VI{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}));
-    v = f(v, __builtin_shuffle(v, VI{4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11}));
-    v = f(v, __builtin_shuffle(v, VI{2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13}));
-    v = f(v, __builtin_shuffle(v, VI{1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}));
+    v = f(v, PELTON_SHUFFLE(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    v = f(v, PELTON_SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    v = f(v, PELTON_SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    v = f(v, PELTON_SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
 #elif defined(__AVX2__)
-    v = f(v, __builtin_shuffle(v, VI{4, 5, 6, 7, 0, 1, 2, 3}));
-    v = f(v, __builtin_shuffle(v, VI{2, 3, 0, 1, 6, 7, 4, 5}));
-    v = f(v, __builtin_shuffle(v, VI{1, 0, 3, 2, 5, 4, 7, 6}));
+    v = f(v, PELTON_SHUFFLE(v, 4, 5, 6, 7, 0, 1, 2, 3));
+    v = f(v, PELTON_SHUFFLE(v, 2, 3, 0, 1, 6, 7, 4, 5));
+    v = f(v, PELTON_SHUFFLE(v, 1, 0, 3, 2, 5, 4, 7, 6));
 #else
-    v = f(v, __builtin_shuffle(v, VI{2, 3, 0, 1}));
-    v = f(v, __builtin_shuffle(v, VI{1, 0, 3, 2}));
+    v = f(v, PELTON_SHUFFLE(v, 2, 3, 0, 1));
+    v = f(v, PELTON_SHUFFLE(v, 1, 0, 3, 2));
 #endif
     return v[0];
 }
@@ -193,23 +199,23 @@ PELTON_INLINE VF from_f16(VH h) {
 #else
     VU u = widen(h);
     VU sign = (u & 0x8000u) << 16;
-    VU magnitude = (u & 0x7fffu) << 13;
-    // Scaling by 2^112 moves the exponent bias from 15 to 127 and normalises subnormals on the way.
-    VF value = as_float(magnitude) * 0x1p112f;
-    VU special = as_u32(value) | 0x7f800000u;  // infinities and NaN had exponent 31
-    VU bits = (u & 0x7c00u) == 0x7c00u ? special : as_u32(value);
+    VU magnitude = (u & 0x7fffu) << 13, exponent = u & 0x7c00u;
+    // 112 moves the exponent's bias from 15 to 127. Subnormals go through integers and a multiplication
+    // that is exact, as an f32 subnormal on the way would depend on the mode of the processor.
+    VU bits = exponent == 0x7c00u ? magnitude | 0x7f800000u : magnitude + (112u << 23);
+    bits = exponent == 0u ? as_u32(to_float(u & 0x3ffu) * 0x1p-24f) : bits;
     return as_float(bits | sign);
 #endif
 }
 
 PELTON_INLINE float from_f16_scalar(uint16_t h) {
-    uint32_t magnitude = (h & 0x7fffu) << 13;
+    const uint32_t magnitude = (h & 0x7fffu) << 13, exponent = h & 0x7c00u;
+    uint32_t bits = exponent == 0x7c00u ? magnitude | 0x7f800000u : magnitude + (112u << 23);
     float value;
-    __builtin_memcpy(&value, &magnitude, 4);
-    value *= 0x1p112f;
-    uint32_t bits;
-    __builtin_memcpy(&bits, &value, 4);
-    if ((h & 0x7c00u) == 0x7c00u) bits |= 0x7f800000u;
+    if (exponent == 0) {
+        value = static_cast<float>(h & 0x3ffu) * 0x1p-24f;
+        __builtin_memcpy(&bits, &value, 4);
+    }
     bits |= (h & 0x8000u) << 16;
     __builtin_memcpy(&value, &bits, 4);
     return value;

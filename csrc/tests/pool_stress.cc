@@ -1,4 +1,6 @@
 // Hammers the thread pool and the executor; meant for the thread sanitizer. Prints "ok" or aborts.
+#include <time.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>

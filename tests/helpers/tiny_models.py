@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,13 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def temporary_folder(prefix: str) -> Path:
+    """A folder that lives as long as the test process."""
+    folder = tempfile.mkdtemp(prefix=prefix)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
 @functools.cache
 def tiny_checkpoint(family: str, dtype: str = "float32") -> tuple[Path, Any]:
     """(folder with config.json and safetensors, the transformers model in eval mode)."""
@@ -70,7 +79,7 @@ def tiny_checkpoint(family: str, dtype: str = "float32") -> tuple[Path, Any]:
             spread = 0.3 if parameter.ndim == 1 else 0.15
             parameter.add_(torch.randn_like(parameter) * spread)
     model = model.to(getattr(torch, dtype))
-    folder = Path(tempfile.mkdtemp(prefix=f"tiny-{family}-"))
+    folder = temporary_folder(f"tiny-{family}-")
     model.save_pretrained(folder, safe_serialization=True)
     return folder, model
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 
 from tests.checkpoint.gguf_files import SCALES_AT, llama_metadata, random_blocks, write
 from tests.helpers.families import Sequences, backends, load
+from tests.helpers.tiny_models import temporary_folder
 
 Kind = gguf.GGMLQuantizationType
 KINDS = [Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K]
@@ -51,7 +51,7 @@ def quantized_file(kind: Any) -> Path:
             tensors[f"blk.{layer}.{name}.weight"] = rng.normal(1, 0.1, HIDDEN).astype(np.float32)
     metadata = llama_metadata(layers=2, heads=HEADS, kv_heads=KV_HEADS, hidden=HIDDEN)
     metadata |= {"llama.feed_forward_length": INNER, "llama.vocab_size": VOCAB}
-    path = Path(tempfile.mkdtemp(prefix="tiny-gguf-")) / f"{kind.name}.gguf"
+    path = temporary_folder("tiny-gguf-") / f"{kind.name}.gguf"
     return write(path, "llama", metadata, tensors)
 
 

@@ -10,10 +10,14 @@ CacheLayout cache_layout(int64_t kv_heads, int64_t head_dim, int64_t block_size,
     const int64_t size = format == kCacheBf16 ? 2 : 4;
     CacheLayout layout;
     layout.padded = (head_dim + 15) / 16 * 16;
-    layout.key_bytes = head_dim * block_size * size;
-    layout.head_bytes = layout.key_bytes + layout.padded * block_size * size;
-    layout.block_bytes = layout.head_bytes * kv_heads;
+    layout.key_bytes = mul_sizes(head_dim * size, block_size);
+    layout.head_bytes = add_sizes(layout.key_bytes, mul_sizes(layout.padded * size, block_size));
+    layout.block_bytes = mul_sizes(layout.head_bytes, kv_heads);
     return layout;
+}
+
+int64_t cache_size(int64_t kv_heads, int64_t head_dim, int64_t block_size, int64_t num_blocks, int64_t format) {
+    return mul_sizes(cache_layout(kv_heads, head_dim, block_size, format).block_bytes, num_blocks);
 }
 
 const char* check_cache(int64_t kv_heads, int64_t head_dim, int64_t block_size, int64_t num_blocks, int64_t format) {
@@ -32,8 +36,8 @@ static std::string validate(const Call& call) {
     if (error) return error;
     if (ints[kHeads] < 1 || ints[kHeads] % ints[kKvHeads]) return "kv_heads must divide heads";
     if (ints[kWindow] < 0) return "window must not be negative";
-    CacheLayout layout = cache_layout(ints[kKvHeads], ints[kHeadDim], ints[kBlockSize], ints[kFormat]);
-    if (layout.block_bytes * ints[kNumBlocks] > call.operands[kCache].bytes) return "the cache is too small";
+    int64_t bytes = cache_size(ints[kKvHeads], ints[kHeadDim], ints[kBlockSize], ints[kNumBlocks], ints[kFormat]);
+    if (bytes > call.operands[kCache].bytes) return "the cache is too small";
     if (call.operands[kSlopes].data && call.operands[kSlopes].bytes < ints[kHeads] * 4) return "too few alibi slopes";
     return "";
 }
@@ -97,6 +101,7 @@ static std::string plan(Call& call, Step& step) {
     std::string error = check_rows(call, kOut, tokens, call.ints[kHeads] * call.ints[kHeadDim], call.ints[kLdOut]);
     if (error.empty()) error = check_rows(call, kQ, tokens, call.ints[kHeads] * call.ints[kHeadDim], call.ints[kLdQ]);
     if (sequences == 0 || !error.empty()) return error;
+    if (mul_sizes(tokens, call.ints[kHeads]) > int_max) return "T times heads must be below 2^31";  // rows of a tile
     error = check_input(call, step, kSeqLens, sequences, int_max);
     if (error.empty()) error = check_input(call, step, kQueryStart, sequences + 1, int_max);
     if (!error.empty()) return error;
@@ -131,7 +136,7 @@ static std::string plan(Call& call, Step& step) {
 }
 
 static int64_t scratch_bytes(const Call& call) {
-    // Packed queries, scores, probabilities, the running output and three numbers per row.
+    // Packed queries, scores, probabilities, the running output and five numbers per row.
     const int64_t padded = (call.ints[attention::kHeadDim] + 15) / 16 * 16;
     return kRowTile * (padded * 4 + kKeyTile * 4 + kKeyTile * 4 + padded * 4 + 64);
 }

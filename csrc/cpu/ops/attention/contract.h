@@ -30,6 +30,8 @@ struct CacheLayout {
     int64_t block_bytes;  // all heads
 };
 CacheLayout cache_layout(int64_t kv_heads, int64_t head_dim, int64_t block_size, int64_t format);
+// Bytes of all blocks, or INT64_MAX if that is too small a type for them.
+int64_t cache_size(int64_t kv_heads, int64_t head_dim, int64_t block_size, int64_t num_blocks, int64_t format);
 // What is wrong with such a cache, or null.
 const char* check_cache(int64_t kv_heads, int64_t head_dim, int64_t block_size, int64_t num_blocks, int64_t format);
 

@@ -31,6 +31,7 @@ struct Scratch {
     char* probabilities;  // the same as f32, or bf16 when kDot
     float* output;        // [kRowTile][padded]
     float *maxima, *sums, *corrections;
+    int32_t *lows, *highs;  // the keys [low, high) of the current tile that a row sees
 };
 
 struct Problem {
@@ -120,56 +121,88 @@ void score_tile(const char* q, int64_t q_stride, const TileAddress& at, int64_t 
 
 // ---- output [rows][padded] = output * correction + probabilities x values
 
-template <class Cache, int kRows, int kVecs>
-PELTON_INLINE void value_columns(const char* p, const float* corrections, const TileAddress& at, int64_t padded,
-                                 int64_t col, int64_t num_keys, float* out) {
+// What the rows of a register tile see of a key tile: all of them [begin, end), some of them [first, last),
+// row m [lows[m], highs[m]). The inner ends are even, as bf16 keys come in pairs.
+struct Seen {
+    const int32_t *lows, *highs;
+    int32_t first, begin, end, last;
+};
+
+// acc += probabilities x values of a key or pair of keys. `mask` is what of each lane counts: the other key
+// of a pair may be infinite or, if not written yet, anything, and not even its product with 0 may get in.
+template <class Cache, int kVecs>
+PELTON_INLINE void take_keys(VF (&acc)[kVecs], const char* p, const VU (&lanes)[kVecs], uint32_t mask) {
+    if constexpr (Cache::kDot) {
+#if defined(__AVX512BF16__)
+        VU pair = splat_u32(pair_at(p));
+        PELTON_UNROLL
+        for (int v = 0; v < kVecs; ++v) acc[v] = dot_pairs(acc[v], pair, lanes[v] & mask);
+#endif
+    } else {
+        const float* x = reinterpret_cast<const float*>(p);
+        if (!Cache::kPairs || mask & 0xffffu) {
+            VF x0 = splat(x[0]);
+            PELTON_UNROLL
+            for (int v = 0; v < kVecs; ++v) {
+                acc[v] = fma(x0, Cache::kPairs ? pair_low(lanes[v]) : as_float(lanes[v]), acc[v]);
+            }
+        }
+        if (Cache::kPairs && mask >> 16) {
+            VF x1 = splat(x[1]);
+            PELTON_UNROLL
+            for (int v = 0; v < kVecs; ++v) acc[v] = fma(x1, pair_high(lanes[v]), acc[v]);
+        }
+    }
+}
+
+// kEdges: some keys are seen by some rows only. Most tiles have none, and are spared the code for it.
+template <class Cache, bool kEdges, int kRows, int kVecs>
+PELTON_INLINE void value_columns(const char* p, const float* corrections, const TileAddress& at, const Seen& seen,
+                                 int64_t padded, int64_t col, float* out) {
     VF acc[kRows][kVecs];
     PELTON_UNROLL
     for (int m = 0; m < kRows; ++m) {
         PELTON_UNROLL
         for (int v = 0; v < kVecs; ++v) acc[m][v] = load(out + m * padded + col + v * kW) * corrections[m];
     }
-    const int step = Cache::kPairs ? 2 : 1;
-    constexpr int kPStride = kKeyTile * (Cache::kDot ? 2 : 4);
+    constexpr int kStep = Cache::kPairs ? 2 : 1, kPBytes = Cache::kDot ? 2 : 4, kPStride = kKeyTile * kPBytes;
     const int64_t row_bytes = padded * 4;
-    for (int64_t base = 0; base < num_keys; base += kTokenGroup) {
-        const char* w = at.values[base / kTokenGroup] + col * 4;
-        const int64_t end = num_keys - base < kTokenGroup ? num_keys - base : kTokenGroup;
-        for (int64_t j = 0; j < end; j += step) {
+    const auto values_at = [&](int64_t j) {
+        return at.values[j / kTokenGroup] + j % kTokenGroup / kStep * row_bytes + col * 4;
+    };
+    [[maybe_unused]] const auto edge = [&](int64_t from, int64_t to) {
+        for (int64_t j = from; j < to; j += kStep) {
+            const char* w = values_at(j);
             VU lanes[kVecs];
             PELTON_UNROLL
             for (int v = 0; v < kVecs; ++v) lanes[v] = load_u32(w + v * kW * 4);
-            if (Cache::kPairs && j + 1 == end) {
-                // The partner slot is not written yet; a NaN left there would survive a probability of 0.
-                PELTON_UNROLL
-                for (int v = 0; v < kVecs; ++v) lanes[v] &= 0xffffu;
-            }
-            w += row_bytes;
             PELTON_UNROLL
             for (int m = 0; m < kRows; ++m) {
-                const char* x = p + m * kPStride + (base + j) * (Cache::kDot ? 2 : 4);
-                if constexpr (Cache::kDot) {
-#if defined(__AVX512BF16__)
-                    VU pair = splat_u32(pair_at(x));
-                    PELTON_UNROLL
-                    for (int v = 0; v < kVecs; ++v) acc[m][v] = dot_pairs(acc[m][v], pair, lanes[v]);
-#endif
-                } else if constexpr (Cache::kPairs) {
-                    VF x0 = splat(reinterpret_cast<const float*>(x)[0]),
-                       x1 = splat(reinterpret_cast<const float*>(x)[1]);
-                    PELTON_UNROLL
-                    for (int v = 0; v < kVecs; ++v) {
-                        acc[m][v] = fma(x0, pair_low(lanes[v]), acc[m][v]);
-                        acc[m][v] = fma(x1, pair_high(lanes[v]), acc[m][v]);
-                    }
-                } else {
-                    VF x0 = splat(*reinterpret_cast<const float*>(x));
-                    PELTON_UNROLL
-                    for (int v = 0; v < kVecs; ++v) acc[m][v] = fma(x0, as_float(lanes[v]), acc[m][v]);
-                }
+                const int64_t low = seen.lows[m], high = seen.highs[m];
+                uint32_t mask = 0;
+                if (low <= j && j < high) mask = Cache::kPairs ? 0xffffu : 0xffffffffu;
+                if (Cache::kPairs && low <= j + 1 && j + 1 < high) mask |= 0xffff0000u;
+                if (mask) take_keys<Cache>(acc[m], p + m * kPStride + j * kPBytes, lanes, mask);
             }
         }
+    };
+    if constexpr (kEdges) edge(seen.first, seen.begin);
+    for (int64_t begin = seen.begin; begin < seen.end;) {
+        const char *w = values_at(begin), *x = p + begin * kPBytes;
+        const int64_t group_end = begin / kTokenGroup * kTokenGroup + kTokenGroup;
+        const int64_t count = (group_end < seen.end ? group_end : seen.end) - begin;
+        begin += count;
+        for (int64_t j = 0; j < count; j += kStep) {
+            VU lanes[kVecs];
+            PELTON_UNROLL
+            for (int v = 0; v < kVecs; ++v) lanes[v] = load_u32(w + v * kW * 4);
+            w += row_bytes;
+            PELTON_UNROLL
+            for (int m = 0; m < kRows; ++m)
+                take_keys<Cache>(acc[m], x + m * kPStride + j * kPBytes, lanes, 0xffffffffu);
+        }
     }
+    if constexpr (kEdges) edge(seen.end, seen.last);
     PELTON_UNROLL
     for (int m = 0; m < kRows; ++m) {
         PELTON_UNROLL
@@ -177,14 +210,37 @@ PELTON_INLINE void value_columns(const char* p, const float* corrections, const 
     }
 }
 
-template <class Cache, int kRows>
-void value_tile(const char* p, const float* corrections, const TileAddress& at, int64_t padded, int64_t num_keys,
-                float* out) {
+template <class Cache, bool kEdges, int kRows>
+void value_rows(const Scratch& s, int64_t row, const TileAddress& at, const Seen& seen, int64_t padded) {
+    const char* p = s.probabilities + row * kKeyTile * (Cache::kDot ? 2 : 4);
+    const float* corrections = s.corrections + row;
+    float* out = s.output + row * padded;
     int64_t col = 0;
     for (; col + kTileVecs * kW <= padded; col += kTileVecs * kW) {
-        value_columns<Cache, kRows, kTileVecs>(p, corrections, at, padded, col, num_keys, out);
+        value_columns<Cache, kEdges, kRows, kTileVecs>(p, corrections, at, seen, padded, col, out);
     }
-    for (; col < padded; col += kW) value_columns<Cache, kRows, 1>(p, corrections, at, padded, col, num_keys, out);
+    for (; col < padded; col += kW) value_columns<Cache, kEdges, kRows, 1>(p, corrections, at, seen, padded, col, out);
+}
+
+template <class Cache, int kRows>
+void value_tile(const Scratch& s, int64_t row, const TileAddress& at, int64_t padded) {
+    Seen seen = {s.lows + row, s.highs + row, kKeyTile, 0, kKeyTile, 0};
+    for (int m = 0; m < kRows; ++m) {
+        const int32_t low = seen.lows[m], high = seen.highs[m];
+        seen.first = low < seen.first ? low : seen.first;
+        seen.begin = low > seen.begin ? low : seen.begin;
+        seen.end = high < seen.end ? high : seen.end;
+        seen.last = high > seen.last ? high : seen.last;
+    }
+    seen.first = seen.first / 2 * 2;
+    seen.begin = (seen.begin + 1) / 2 * 2;
+    seen.end = seen.end / 2 * 2;
+    seen.end = seen.end > seen.begin ? seen.end : seen.begin;
+    if (seen.first == seen.begin && seen.last == seen.end) {
+        value_rows<Cache, false, kRows>(s, row, at, seen, padded);
+    } else {
+        value_rows<Cache, true, kRows>(s, row, at, seen, padded);
+    }
 }
 
 // ---- softmax of one row over one key tile
@@ -246,6 +302,8 @@ void softmax_tile(const Problem& p, const AttentionTile& tile, const float* slop
         int64_t low = 0, high = position + 1 - begin;
         if (p.window && position - p.window + 1 > begin) low = position - p.window + 1 - begin;
         if (high > num_keys) high = num_keys;
+        s.lows[i] = static_cast<int32_t>(low < num_keys ? low : num_keys);
+        s.highs[i] = static_cast<int32_t>(high > s.lows[i] ? high : s.lows[i]);
         if (low == 0 && high == kKeyTile) {
             softmax_row<Cache, false>(p, position, begin, low, high, slope, s, i);
         } else {
@@ -297,10 +355,7 @@ void attend(const Problem& p, const AttentionTile& tile, const Scratch& s) {
                                      s.scores + m * kKeyTile);
         });
         softmax_tile<Cache>(p, tile, slopes, begin, num_keys, s);
-        for_row_tiles<kTileRows>(rows, [&]<int kRows>(int64_t m) {
-            value_tile<Cache, kRows>(s.probabilities + m * kKeyTile * (Cache::kDot ? 2 : 4), s.corrections + m, at,
-                                     padded, num_keys, s.output + m * padded);
-        });
+        for_row_tiles<kTileRows>(rows, [&]<int kRows>(int64_t m) { value_tile<Cache, kRows>(s, m, at, padded); });
     }
 
     for (int64_t i = 0; i < rows; ++i) {
@@ -333,6 +388,8 @@ void attention_tiles(const Call& call, int64_t first, int64_t end, Worker& worke
     s.maxima = reinterpret_cast<float*>(at += kRowTile * p.layout.padded * 4);
     s.sums = s.maxima + kRowTile;
     s.corrections = s.sums + kRowTile;
+    s.lows = reinterpret_cast<int32_t*>(s.corrections + kRowTile);
+    s.highs = s.lows + kRowTile;
 
     const AttentionTile* tiles = static_cast<const AttentionTile*>(call.plan);
     const int32_t* seq_lens = reinterpret_cast<const int32_t*>(call.operands[kSeqLens].data);

@@ -26,7 +26,9 @@ static std::string validate_embedding(const Call& call) {
         if (ints[kBits] != 4 && ints[kBits] != 8) return "bits_stored must be 4 or 8";
         if (ints[kGroupSize] < 1 || ints[kCols] % ints[kGroupSize]) return "group_size must divide cols";
     }
-    if (embedding_row_bytes(ints) * ints[kVocab] > call.operands[kTable].bytes) return "the table is too small";
+    if (mul_sizes(embedding_row_bytes(ints), ints[kVocab]) > call.operands[kTable].bytes) {
+        return "the table is too small";
+    }
     return "";
 }
 

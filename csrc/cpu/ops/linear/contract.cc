@@ -46,7 +46,9 @@ static std::string validate(const Call& call) {
         if (ints[kOffset] < 0 || ints[kOffset] > 255) return "offset must be a code";
     }
     LinearShape shape = linear_shape(call);
-    if (shape.panels * shape.panel_bytes > call.operands[kWeight].bytes) return "the packed weight is too small";
+    if (mul_sizes(shape.panels, shape.panel_bytes) > call.operands[kWeight].bytes) {
+        return "the packed weight is too small";
+    }
     if (call.operands[kBias].data && call.operands[kBias].bytes < ints[kN] * 4) return "the bias is too short";
     return "";
 }
@@ -69,7 +71,7 @@ static std::string plan(Call& call, Step& step) {
     call.shared_bytes = 0;
     call.cuts[0] = {0, 1};
     if (prepares && call.rows > kLocalRows) {
-        call.shared_bytes = call.rows * (shape.rounded_bytes + (shape.groups * 4 + 63) / 64 * 64);
+        call.shared_bytes = mul_sizes(call.rows, shape.rounded_bytes + (shape.groups * 4 + 63) / 64 * 64);
         call.cuts[0] = cut_rows(call.rows, ints[kK]);
     }
     // All row blocks of a panel go to one thread while there are panels enough: the panel is read once.

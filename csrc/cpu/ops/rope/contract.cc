@@ -15,8 +15,9 @@ static std::string check_write(const Call& call, int cache, int64_t kv_heads, in
                                int64_t num_blocks, int64_t format) {
     const char* error = check_cache(kv_heads, head_dim, block_size, num_blocks, format);
     if (error) return error;
-    int64_t bytes = cache_layout(kv_heads, head_dim, block_size, format).block_bytes * num_blocks;
-    return bytes > call.operands[cache].bytes ? "the cache is too small" : "";
+    return cache_size(kv_heads, head_dim, block_size, num_blocks, format) > call.operands[cache].bytes
+               ? "the cache is too small"
+               : "";
 }
 
 static std::string validate_rope(const Call& call) {
