@@ -3,13 +3,15 @@
 # PYTHON names the interpreter (default: python), BUILD the folder for the builds (default: build/sanitize).
 set -eu
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
+python=$(command -v "${PYTHON:-python}")
+case $python in /*) ;; *) python=$PWD/$python ;; esac
+PATH=$(dirname "$python"):$PATH # its cmake, if the environment has one
 build=${BUILD:-build/sanitize}
 kind=${1:-all}
 
 if [ "$kind" != thread ]; then
     # A copy of the package, so that the module under test does not replace the one in the tree.
-    cmake -S . -B "$build/address" -DPELTON_SANITIZE=address,undefined -DPython_EXECUTABLE="$(command -v "$python")"
+    cmake -S . -B "$build/address" -DPELTON_SANITIZE=address,undefined -DPython_EXECUTABLE="$python"
     cmake --build "$build/address" --parallel
     mkdir -p "$build/tree"
     rm -rf "$build/tree/pelton" "$build/tree/tests"
