@@ -22,7 +22,7 @@ $(VENV)/.demo: $(BIN)/python $(SOURCES)
 
 $(VENV)/.test: $(BIN)/python $(SOURCES)
 	$(BIN)/pip install -q -e '.[demo,test]'
-	@touch $@
+	@touch $(VENV)/.demo $@
 
 install: $(VENV)/.demo ## Make .venv and install Pelton (compiles the extension)
 
