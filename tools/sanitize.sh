@@ -30,7 +30,7 @@ sys.exit(pytest.main(sys.argv[1:]))'
     # libstdc++ is loaded early because the sanitizer intercepts exceptions through it.
     (cd "$build/tree" && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
         LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libstdc++.so)" \
-        "$python" -c "$run" -p no:cacheprovider -q tests/backends/cpu)
+        "$python" -c "$run" -p no:cacheprovider tests/backends/cpu)
 fi
 if [ "$kind" != address ]; then
     cmake -S . -B "$build/thread" -DPELTON_SANITIZE=thread -DPELTON_PYTHON=OFF
