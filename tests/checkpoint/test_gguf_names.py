@@ -12,6 +12,7 @@ from pelton.checkpoint import open_checkpoint
 from pelton.errors import CheckpointError
 from pelton.graph.quantized import QuantizedArray
 from pelton.graph.types import F32
+from tests.helpers.families import Sequences, backends, load
 
 from .gguf_files import Kind, llama_metadata, random_blocks, write
 
@@ -45,10 +46,13 @@ def hf_model(arch):
     name = {"Gemma3Text": "Gemma3ForCausalLM", "GPT2": "GPT2LMHeadModel"}.get(prefix, f"{prefix}ForCausalLM")
     torch.manual_seed(0)
     model = getattr(transformers, name)(config)
-    state = {n: torch.randn_like(t).numpy() for n, t in model.state_dict().items()}
+    with torch.no_grad():  # of the size that trained weights have, so that logits can be compared
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.15))
+    state = {n: t.numpy() for n, t in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    return name, config, state
+    return name, config, state, model.eval()
 
 
 def converted(arch, name, value, heads, kv_heads):
@@ -95,9 +99,8 @@ def metadata_of(arch, config):
     return result
 
 
-@pytest.mark.parametrize("arch", FAMILIES)
-def test_a_converted_model_gives_back_its_state_dict(arch, tmp_path):
-    architecture, config, state = hf_model(arch)
+def gguf_of(arch, config, state, path):
+    """The file that a converter would write."""
     heads = config.num_attention_heads
     names = gguf.get_tensor_name_map(next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == arch), 8)
     tensors = {}
@@ -106,7 +109,26 @@ def test_a_converted_model_gives_back_its_state_dict(arch, tmp_path):
         gguf_name = gguf_name or names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name, name
         tensors[gguf_name] = converted(arch, name, value, heads, getattr(config, "num_key_value_heads", heads))
-    checkpoint = open_checkpoint(write(tmp_path / "m.gguf", arch, metadata_of(arch, config), tensors))
+    return write(path, arch, metadata_of(arch, config), tensors)
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_a_converted_model_has_the_logits_of_transformers(arch, tmp_path):
+    torch = pytest.importorskip("torch")
+    _, config, state, model = hf_model(arch)
+    built = load(gguf_of(arch, config, state, tmp_path / "m.gguf"), backends()[-1])
+    tokens = [int(t) for t in np.random.default_rng(2).integers(0, 40, 50)]
+    got = Sequences(built.executor).step(a=tokens)[0]
+    with torch.no_grad():
+        want = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].numpy()
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    built.close()
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_a_converted_model_gives_back_its_state_dict(arch, tmp_path):
+    architecture, config, state, _ = hf_model(arch)
+    checkpoint = open_checkpoint(gguf_of(arch, config, state, tmp_path / "m.gguf"))
 
     assert checkpoint.architecture == architecture
     assert set(checkpoint.tensors) == set(state)
