@@ -209,6 +209,7 @@ def test_the_line_of_statistics_says_what_is_known():
     after = EngineStats(decode_bytes=44e9, decode_seconds=2.0)
     line = "TTFT 41 ms · TPOT 6.2 ms · 161 tok/s · 128 tokens"
     assert statistics_line(metrics, before, after, 100e9) == f"{line} · MBU 43 %"
+    assert statistics_line(metrics, before, after, 10e9) == f"{line} · MBU 430 % (partly from cache)"
     assert statistics_line(metrics, before, after, None) == line
     assert statistics_line(RequestMetrics(0.0, token_times=(0.5,)), before, before, 1e9) == "TTFT 500 ms · 1 token"
 
