@@ -3,8 +3,8 @@
 Calling it records a graph; the graph prints, is rewritten by passes, and says what a step costs.
 """
 
-from pelton.graph import OPS, print_graph
-from pelton.graph.cost import StepShape, total
+from pelton.graph import print_graph
+from pelton.graph.cost import StepShape
 from pelton.nn import Attention, CausalLM, Embedding, Linear, Node, RMSNorm, RopeSpec, Step, add, trace
 from pelton.passes import run_passes
 
@@ -31,10 +31,9 @@ class OneLayer(CausalLM):
 def main() -> None:
     graph = run_passes(trace(OneLayer(vocab=1000, hidden=64, heads=4), "one_layer"))
     print(print_graph(graph))
-    costs = [OPS[n.op].flops(n.attrs, n.type, *(i.type for i in n.inputs)) for n in graph.nodes if n.inputs]
     prefill, decode = StepShape([512], [512], 1), StepShape([1], [513], 1)
     for name, shape in (("a prefill of 512 tokens", prefill), ("a decode step after it", decode)):
-        print(f"{name}: {shape.evaluate(total(costs)) / 1e6:.2f} MFLOP")
+        print(f"{name}: {shape.evaluate(graph.flops) / 1e6:.2f} MFLOP")
 
 
 if __name__ == "__main__":

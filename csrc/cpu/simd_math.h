@@ -7,23 +7,33 @@
 namespace pelton::cpu::PELTON_ISA {
 namespace {
 
-PELTON_INLINE VF exp(VF x) {
-    // Below -87.34 the result is subnormal and counts as 0. From 88.38 on n is 128, whose exponent is that
-    // of infinity: 0.35 before the end of f32, at no cost.
-    const VF lowest = splat(-87.336540f), highest = splat(89.0f);
-    VF clamped = min(highest, max(lowest, x));
+// exp(x) = p * 2^n with n a whole number and p in about [0.7, 1.42].
+struct ExpParts {
+    VF p, n;
+};
+
+PELTON_INLINE ExpParts exp_parts(VF x) {
     const VF shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    VF n = fma(clamped, splat(1.44269504f), shifter) - shifter;
+    VF n = fma(x, splat(1.44269504f), shifter) - shifter;
     // ln 2 in two parts; the first has 12 trailing zeros, so n times it is exact.
-    VF r = fma(n, splat(-0.693359375f), clamped);
+    VF r = fma(n, splat(-0.693359375f), x);
     r = fma(n, splat(2.12194440e-4f), r);
     VF q = fma(splat(1.390130574e-03f), r, splat(8.363200052e-03f));
     q = fma(q, r, splat(4.166685414e-02f));
     q = fma(q, r, splat(1.666657696e-01f));
     q = fma(q, r, splat(4.999999955e-01f));
     VF p = fma(q * r, r, r) + 1.0f;
-    VI exponent = (__builtin_convertvector(n, VI) + 127) << 23;
-    VF result = p * reinterpret_cast<VF>(exponent);
+    return {p, n};
+}
+
+PELTON_INLINE VF exp(VF x) {
+    // Below -87.34 the result is subnormal and counts as 0. From 88.38 on n is 128, whose exponent is that
+    // of infinity: 0.35 before the end of f32, at no cost.
+    const VF lowest = splat(-87.336540f), highest = splat(89.0f);
+    VF clamped = min(highest, max(lowest, x));
+    const ExpParts e = exp_parts(clamped);
+    VI exponent = (__builtin_convertvector(e.n, VI) + 127) << 23;
+    VF result = e.p * reinterpret_cast<VF>(exponent);
     return x < lowest ? VF{} : result;
 }
 
@@ -31,16 +41,8 @@ PELTON_INLINE VF exp(VF x) {
 PELTON_INLINE VF exp_nonpositive(VF x) {
 #if defined(__AVX512F__)
     VF clamped = max(splat(-105.0f), x);  // its exponential rounds to zero
-    const VF shifter = splat(12582912.0f);
-    VF n = fma(clamped, splat(1.44269504f), shifter) - shifter;
-    VF r = fma(n, splat(-0.693359375f), clamped);
-    r = fma(n, splat(2.12194440e-4f), r);
-    VF q = fma(splat(1.390130574e-03f), r, splat(8.363200052e-03f));
-    q = fma(q, r, splat(4.166685414e-02f));
-    q = fma(q, r, splat(1.666657696e-01f));
-    q = fma(q, r, splat(4.999999955e-01f));
-    VF p = fma(q * r, r, r) + 1.0f;
-    return reinterpret_cast<VF>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+    const ExpParts e = exp_parts(clamped);
+    return reinterpret_cast<VF>(_mm512_scalef_ps(reinterpret_cast<__m512>(e.p), reinterpret_cast<__m512>(e.n)));
 #else
     return exp(x);
 #endif

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..graph.cost import StepShape
-from .base import Batch, SampledToken, Sampler
+from .base import Batch
 
 Ints = npt.NDArray[np.int32]
 
@@ -59,10 +59,3 @@ def step_inputs(batch: Batch, block_size: int, *, every: bool = False) -> StepIn
         "logits_indices": indices.astype(np.int32),
     }
     return StepInputs(arrays, StepShape(counts, seq_lens, len(indices)))
-
-
-def sample_rows(batch: Batch, logits: npt.NDArray[np.float32], sampler: Sampler) -> tuple[SampledToken | None, ...]:
-    """Tokens in the order of the batch's sequences; ``logits`` has a row for each that is sampled."""
-    specs = [s.sample for s in batch.sequences if s.sample is not None]
-    tokens = iter(sampler(logits, specs) if specs else [])
-    return tuple(None if s.sample is None else next(tokens) for s in batch.sequences)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from typing import Any
 
@@ -46,10 +47,7 @@ def inspect(
     sizes: Counter[str] = Counter()
     for leaf in planned.graph.leaves("weight"):
         stored = planned.checkpoint.tensors[leaf.name]
-        elements = 1
-        for dim in stored.type.shape:
-            elements *= int(dim)
-        counts[str(stored.type.dtype)] += elements
+        counts[str(stored.type.dtype)] += math.prod(int(d) for d in stored.type.shape)
         sizes[str(stored.type.dtype)] += stored.nbytes
     ledger = planned.ledger
     fields = {k: v for k, v in planned.checkpoint.config.items() if isinstance(v, (str, int, float, bool))}

@@ -84,10 +84,6 @@ class Sequence:
     def request_id(self) -> str:
         return self.request.request_id
 
-    @property
-    def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
-
     def append(self, token_id: int, now: float) -> None:
         """Take a sampled token, at ``now`` seconds."""
         self.token_ids.append(token_id)

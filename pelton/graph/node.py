@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 from weakref import WeakValueDictionary
 
+from .cost import Cost, total
 from .ops import OPS
 from .types import CacheType, TensorType, ValueType
 
@@ -114,6 +115,20 @@ class Graph:
     def leaves(self, op: str) -> tuple[Node, ...]:
         """All ``input`` or all ``weight`` nodes."""
         return tuple(n for n in self.nodes if n.op == op)
+
+    @cached_property
+    def flops(self) -> Cost:
+        """Floating-point operations of a step, by the op table."""
+        return self._total("flops")
+
+    @cached_property
+    def bytes(self) -> Cost:
+        """Bytes that a step moves, by the op table; weights count in the type they are bound to."""
+        return self._total("bytes")
+
+    def _total(self, column: str) -> Cost:
+        computed = (n for n in self.nodes if n.inputs and not n.is_constant)
+        return total([getattr(OPS[n.op], column)(n.attrs, n.type, *(i.type for i in n.inputs)) for n in computed])
 
     def verify(self) -> Graph:
         """Check every node against the op table, and that no cache is read before or beside its write.

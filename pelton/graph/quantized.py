@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .types import F16, GroupQuant
+from .types import GroupQuant
 
 Array: TypeAlias = "npt.NDArray[Any]"
 
@@ -40,11 +40,6 @@ class QuantizedArray:
     def shape(self) -> tuple[int, int]:
         rows, cols = self.codes.shape
         return rows, cols
-
-    @property
-    def scale_dtype(self) -> Any:
-        """NumPy's type for scales and minima."""
-        return np.float16 if self.type.scale == F16 else np.float32
 
     def __getitem__(self, rows: Any) -> QuantizedArray:
         """Rows by slice or index array; columns are never cut, because groups run along them."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..graph import OPS, CacheType, Graph, Node, TensorType
-from ..graph.cost import total
+from ..graph import CacheType, Graph, Node, TensorType
 from ..graph.rope import RopeSpec
 from .memory import plan_memory
 from .program import Buffer, CacheRef, Call, Constant, ConstantRef, InputRef, Operand, Program, View
@@ -26,7 +25,6 @@ def lower(graph: Graph, limits: Mapping[str, int], max_positions: int) -> Progra
     lowering = _Lowering(max_positions)
     for node in graph.nodes:
         lowering.node(node)
-    costs = [(OPS[n.op], n, [i.type for i in n.inputs]) for n in graph.nodes if n.inputs and not n.is_constant]
     output = lowering.values[graph.outputs[0]]
     assert isinstance(output, View)
     program = Program(
@@ -38,8 +36,8 @@ def lower(graph: Graph, limits: Mapping[str, int], max_positions: int) -> Progra
         tuple(lowering.buffers),
         tuple(lowering.calls),
         output,
-        total([row.flops(n.attrs, n.type, *types) for row, n, types in costs]),
-        total([row.bytes(n.attrs, n.type, *types) for row, n, types in costs]),
+        graph.flops,
+        graph.bytes,
     )
     return plan_memory(program)
 

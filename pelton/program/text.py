@@ -19,8 +19,7 @@ def print_program(program: Program) -> str:
     lines += [f"input {i} = {name}" for i, name in enumerate(program.inputs)]
     lines += [f"cache {i} = {cache}" for i, cache in enumerate(program.caches)]
     for i, constant in enumerate(program.constants):
-        source = _expression(constant.expr) if constant.expr is not None else repr(dict(constant.attrs))
-        lines.append(f"const {i} = {constant.packing} {source}")
+        lines.append(f"const {i} = {constant_text(constant)}")
     lines += [f"buffer {i} = f32[{b.rows}, {b.cols}] @ {b.offset}" for i, b in enumerate(program.buffers)]
     for call in program.calls:
         outputs = ", ".join(_operand(v) for v in call.outputs)
@@ -28,6 +27,12 @@ def print_program(program: Program) -> str:
         lines.append(f"call {outputs} = {call.kernel}({operands}) {dict(call.params)!r}")
     lines.append(f"return {_operand(program.output)}")
     return "\n".join(lines) + "\n"
+
+
+def constant_text(constant: Constant) -> str:
+    """What a constant holds and how it is packed."""
+    source = _expression(constant.expr) if constant.expr is not None else repr(dict(constant.attrs))
+    return f"{constant.packing} {source}"
 
 
 def _operand(operand: Operand | None) -> str:

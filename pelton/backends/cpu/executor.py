@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ...graph.quantized import HostTensor
-from ...program import Constant, Program, print_program
+from ...program import Constant, Program, constant_text
 from ...program.weights import evaluate, vector
-from ..base import Batch, KVSpec, Sampler, StepOutput, StepStats
-from ..step_inputs import StepInputs, sample_rows, step_inputs
+from ..base import KVSpec, Sampler
+from ..host import HostExecutor
+from ..step_inputs import StepInputs
 from . import packing
 from .calls import CACHE_FORMATS, native_calls
 from .packed_cache import open_or_pack
@@ -65,8 +66,8 @@ def choose_isa(requested: str | None) -> str:
     return isa
 
 
-class CpuExecutor:
-    """Runs a program with native kernels. Steps run inside ``submit``; ``collect`` hands out results.
+class CpuExecutor(HostExecutor):
+    """Runs a program with native kernels.
 
     read: yields a checkpoint tensor by name. content_key: identifies the checkpoint's content for the
     packed-weight cache, None to keep packed weights in memory only. on_packed(bytes) reports progress
@@ -88,14 +89,10 @@ class CpuExecutor:
     ) -> None:
         from . import _native
 
-        self.program, self.isa, self.threads = program, isa, threads
         # A step reads all matrices and vectors once, in the form they are packed in.
         read_once = sum(constant_bytes(c) for c in program.constants if c.packing in ("panels", "vector"))
-        self._step_bytes = {**program.bytes, "1": float(read_once)}
-        self._kv_spec = kv_spec
-        self._sampler = sampler
-        self._tickets: dict[int, StepOutput] = {}
-        self._next_ticket = 0
+        super().__init__(kv_spec, sampler, program.flops, {**program.bytes, "1": float(read_once)})
+        self.program = program
         self._publishing: threading.Thread | None = None
         self._native = _native.Executor(isa, threads, max(program.arena_bytes, 64))
         for data in self._pack(read, content_key, on_packed):
@@ -128,9 +125,8 @@ class CpuExecutor:
 
         packed: list[Bytes] | None = None
         if content_key is not None:
-            recipe = [line for line in print_program(self.program).splitlines() if line.startswith("const")]
-            recipe = [line for line, c in zip(recipe, constants, strict=True) if c.expr is not None]
-            key = hashlib.sha256("\n".join([str(packing.VERSION), content_key, *recipe]).encode()).hexdigest()[:32]
+            recipe = "\n".join([str(packing.VERSION), content_key, *map(constant_text, weights)])
+            key = hashlib.sha256(recipe.encode()).hexdigest()[:32]
             try:
                 packed, self._publishing = open_or_pack(key, sizes, pack, report)
             except OSError as error:
@@ -145,45 +141,14 @@ class CpuExecutor:
         rest = iter(packed)
         return [_bytes(vector(c, read)) if c.expr is None else next(rest) for c in constants]
 
-    @property
-    def kv_spec(self) -> KVSpec:
-        return self._kv_spec
-
-    def logits(self, batch: Batch, *, every: bool = False) -> npt.NDArray[np.float32]:
-        """float32 [N, vocab] for the sequences that are sampled, in order; or for every token.
-
-        The array is overwritten by the next step. With ``every``, a batch may have at most
-        ``max_num_seqs`` tokens, the rows of logits that the arena has room for.
-        """
-        return self._run(step_inputs(batch, self._kv_spec.block_size, every=every))[0]
-
-    def profile(self, batch: Batch) -> list[float]:
-        """Run a step and return the seconds of each call of the program."""
-        inputs = step_inputs(batch, self._kv_spec.block_size)
-        seconds: list[float] = self._native.run_profiled(inputs.dims, self._arrays(inputs))
-        return seconds
-
-    def _arrays(self, inputs: StepInputs) -> list[npt.NDArray[np.int32]]:
-        return [inputs.arrays[name].reshape(-1) for name in self.program.inputs]
-
     def _run(self, inputs: StepInputs) -> tuple[npt.NDArray[np.float32], float]:
-        seconds: float = self._native.run(inputs.dims, self._arrays(inputs))
+        seconds: float = self._native.run(
+            inputs.dims, [inputs.arrays[name].reshape(-1) for name in self.program.inputs]
+        )
         output = self.program.output
         buffer = self.program.buffers[output.buffer]
         logits = self._native.arena(buffer.offset + 4 * output.start, inputs.dims[2], output.cols, buffer.cols)
         return logits, seconds
-
-    def submit(self, batch: Batch) -> int:
-        inputs = step_inputs(batch, self._kv_spec.block_size)
-        logits, seconds = self._run(inputs)
-        flops, size = (inputs.shape.evaluate(c) for c in (self.program.flops, self._step_bytes))
-        self._next_ticket += 1
-        tokens = sample_rows(batch, logits, self._sampler)
-        self._tickets[self._next_ticket] = StepOutput(tokens, StepStats(seconds, flops, size))
-        return self._next_ticket
-
-    def collect(self, ticket: int) -> StepOutput:
-        return self._tickets.pop(ticket)
 
     def close(self) -> None:
         self._native.close()
