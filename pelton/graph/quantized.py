@@ -3,59 +3,115 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from .types import GroupQuant
+from .types import BF16, E4M3, E8M0, F16, F32, I8, U8, DType, GroupQuant
 
 Array: TypeAlias = "npt.NDArray[Any]"
+
+#: How scales and minima are kept in memory.
+SCALE_ARRAYS: dict[DType, Any] = {
+    F32: np.float32, F16: np.float16, BF16: ml_dtypes.bfloat16, U8: np.uint8, I8: np.int8,
+    E4M3: ml_dtypes.float8_e4m3fn, E8M0: ml_dtypes.float8_e8m0fnu,
+}  # fmt: skip
+
+
+@lru_cache
+def code_values(bits: int) -> npt.NDArray[np.float32]:
+    """float32 [2**bits]: the value of every FP8 E4M3 (8 bits) or FP4 E2M1 (4 bits) code."""
+    kind: Any = ml_dtypes.float8_e4m3fn if bits == 8 else ml_dtypes.float4_e2m1fn
+    values: npt.NDArray[np.float32] = np.arange(1 << bits, dtype=np.uint8).view(kind).astype(np.float32)
+    return values
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedArray:
     """Values of a :class:`GroupQuant` type for a matrix of shape [rows, cols].
 
-    codes: uint8 [rows, cols]; scale and minimum: float16 or float32 [rows, cols / group_size],
-    ``minimum`` is None when the type has none.
+    codes: uint8 [rows, cols]. scale: ``SCALE_ARRAYS[type.scale]`` [rows, type.groups(cols)]. minimum: the same for
+    types with minima, uint8 zero points for types with those, else None. outer_scale, outer_minimum: float16
+    [rows, cols / outer], or float32 [rows, 1] where the row shares them; None unless the type has an outer factor
+    (and minima).
     """
 
     codes: Array
     scale: Array
     minimum: Array | None
     type: GroupQuant
+    outer_scale: Array | None = None
+    outer_minimum: Array | None = None
 
     def __post_init__(self) -> None:
         rows, cols = self.codes.shape
-        want = (rows, cols // self.type.group_size)
-        if cols % self.type.group_size or self.scale.shape != want:
-            raise ValueError(f"scales {self.scale.shape} do not fit codes {self.codes.shape} of {self.type}")
-        if (self.minimum is not None) != self.type.minimum:
-            raise ValueError(f"{self.type}: minima given and type disagree")
-        if self.minimum is not None and self.minimum.shape != want:
-            raise ValueError(f"minima {self.minimum.shape} do not fit codes {self.codes.shape} of {self.type}")
+        type = self.type
+        groups = (rows, type.groups(cols))
+        outer = None if type.outer is None else (rows, cols // (type.outer or cols))
+        for name, values, want in (
+            ("scales", self.scale, groups),
+            ("minima", self.minimum, groups if type.minimum or type.zero_point else None),
+            ("outer scales", self.outer_scale, outer),
+            ("outer minima", self.outer_minimum, outer if type.minimum else None),
+        ):
+            if (None if values is None else values.shape) != want:
+                have = "absent" if values is None else values.shape
+                raise ValueError(f"{name} of {type} are {have}, codes {self.codes.shape} need {want}")
 
     @property
     def shape(self) -> tuple[int, int]:
         rows, cols = self.codes.shape
         return rows, cols
 
+    def parts(self) -> list[Array | None]:
+        """Codes, scales, minima, outer scales, outer minima."""
+        return [self.codes, self.scale, self.minimum, self.outer_scale, self.outer_minimum]
+
+    @classmethod
+    def of(cls, parts: list[Array | None], type: GroupQuant) -> QuantizedArray:
+        """The inverse of :meth:`parts`."""
+        codes, scale, minimum, outer_scale, outer_minimum = parts
+        assert codes is not None and scale is not None
+        return cls(codes, scale, minimum, type, outer_scale, outer_minimum)
+
     def __getitem__(self, rows: Any) -> QuantizedArray:
         """Rows by slice or index array; columns are never cut, because groups run along them."""
-        minimum = None if self.minimum is None else self.minimum[rows]
-        return QuantizedArray(self.codes[rows], self.scale[rows], minimum, self.type)
+        return QuantizedArray.of([None if p is None else p[rows] for p in self.parts()], self.type)
+
+    def scales(self) -> npt.NDArray[np.float32]:
+        """float32 [rows, groups], outer factors included."""
+        return _times(self.scale.astype(np.float32), self.outer_scale)
+
+    def minima(self) -> npt.NDArray[np.float32] | None:
+        """float32 [rows, groups]: what a group adds to ``scale * code``; None if that is nothing."""
+        if self.type.zero_point:
+            assert self.minimum is not None
+            return -self.scales() * self.minimum.astype(np.float32)
+        return None if self.minimum is None else _times(self.minimum.astype(np.float32), self.outer_minimum)
 
     def dequantize(self) -> npt.NDArray[np.float32]:
         """float32 [rows, cols]."""
         rows, cols = self.codes.shape
-        codes = self.codes.reshape(rows, -1, self.type.group_size).astype(np.float32)
-        scale = self.scale.astype(np.float32)[:, :, None]
-        if self.minimum is None:
-            values = (codes - np.float32(self.type.offset)) * scale
-        else:
-            values = codes * scale + self.minimum.astype(np.float32)[:, :, None]
-        return values.reshape(rows, cols)
+        scale = self.scales()[:, :, None]
+        codes = self.codes.reshape(rows, scale.shape[1], -1)
+        if self.type.floating:
+            return (code_values(self.type.bits)[codes] * scale).reshape(rows, cols)
+        if self.type.minimum:
+            minima = self.minima()
+            assert minima is not None
+            return (codes.astype(np.float32) * scale + minima[:, :, None]).reshape(rows, cols)
+        zero = self.type.offset if self.minimum is None else self.minimum[:, :, None].astype(np.float32)
+        return ((codes.astype(np.float32) - np.float32(zero)) * scale).reshape(rows, cols)
+
+
+def _times(values: Array, outer: Array | None) -> npt.NDArray[np.float32]:
+    if outer is None:
+        return values
+    with np.errstate(invalid="ignore", over="ignore"):  # factors of damaged files may be NaN or infinite
+        return values * np.repeat(outer.astype(np.float32), values.shape[1] // outer.shape[1], axis=1)
 
 
 #: What a checkpoint yields for one weight: a NumPy array (bfloat16 through ``ml_dtypes``) or codes.
@@ -69,10 +125,5 @@ def concat_rows(parts: list[HostTensor]) -> HostTensor:
         return np.concatenate([np.asarray(p) for p in parts], axis=0)
     if len(quantized) != len(parts) or any(p.type != quantized[0].type for p in quantized):
         raise ValueError("cannot stack weights of different types")
-    minima = [p.minimum for p in quantized if p.minimum is not None]
-    return QuantizedArray(
-        np.concatenate([p.codes for p in quantized]),
-        np.concatenate([p.scale for p in quantized]),
-        np.concatenate(minima) if minima else None,
-        quantized[0].type,
-    )
+    columns = zip(*(p.parts() for p in quantized), strict=True)
+    return QuantizedArray.of([None if c[0] is None else np.concatenate(c) for c in columns], quantized[0].type)

@@ -7,10 +7,10 @@ import re
 from typing import Any
 
 from .node import Graph, Node, make
-from .types import DTYPES, CacheType, Dim, ElementType, GroupQuant, TensorType, ValueType
+from .types import DTYPES, SCALE_DTYPES, CacheType, Dim, ElementType, GroupQuant, TensorType, ValueType
 
 _NODE = re.compile(r"%(?P<id>\w+) = (?P<op>\w+)\((?P<args>.*)\) : (?P<type>.+)")
-_QUANT = re.compile(r"int(\d)g(\d+)(m?):(\w+)")
+_QUANT = re.compile(r"(int|fp)(\d)g(\d+)([mz]?):(\w+)(?:/(\d+))?")
 
 
 def print_graph(graph: Graph) -> str:
@@ -79,4 +79,13 @@ def parse_dtype(text: str) -> ElementType:
     match = _QUANT.fullmatch(text)
     if match is None:
         return DTYPES[text]
-    return GroupQuant(int(match[1]), int(match[2]), bool(match[3]), DTYPES[match[4]])
+    kind, bits, group, zero, scale, outer = match.groups()
+    return GroupQuant(
+        int(bits),
+        int(group),
+        zero == "m",
+        SCALE_DTYPES[scale],
+        zero == "z",
+        kind == "fp",
+        int(outer) if outer else None,
+    )

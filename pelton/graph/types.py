@@ -29,39 +29,84 @@ F16 = DType("f16", 16)
 BF16 = DType("bf16", 16)
 I32 = DType("i32", 32)
 DTYPES = {d.name: d for d in (F32, F16, BF16, I32)}
+#: What the scales of a quantized type are stored in: floats, FP8 and power-of-two floats of the OCP MX
+#: specification, and the integers of the GGUF K-quants.
+E4M3, E8M0, U8, I8 = DType("e4m3", 8), DType("e8m0", 8), DType("u8", 8), DType("i8", 8)
+SCALE_DTYPES = {d.name: d for d in (F32, F16, BF16, E4M3, E8M0, U8, I8)}
+#: As a ``group_size`` or ``outer``: all elements of a row.
+ROW = 0
 
 
 @dataclass(frozen=True, slots=True)
 class GroupQuant:
-    """Integer codes with one scale (and possibly one minimum) per ``group_size`` elements of a row.
+    """Codes of ``bits`` bits with one scale (and possibly one minimum) per ``group_size`` elements of a row.
 
-    Codes are unsigned, ``0 <= code < 2**bits``. With ``minimum`` the value is
-    ``scale * code + minimum``; without it, ``scale * (code - 2**(bits - 1))``.
-    ``scale`` is the type that scales and minima are stored in. This one type holds the GGUF blocks
-    Q4_0 ... Q6_K, and AWQ and GPTQ weights, without loss.
+    Integer codes are unsigned, ``0 <= code < 2**bits``. The value is ``scale * (code - 2**(bits - 1))``, with
+    ``minimum`` ``scale * code + minimum``, with ``zero_point`` ``scale * (code - zero_point)``, where zero points
+    are codes, too. ``floating`` codes are FP8 E4M3 (8 bits) or FP4 E2M1 (4 bits), the value ``scale * code``.
+
+    ``scale`` is the type that scales and minima are stored in. With ``outer``, that many elements share one more
+    factor of scales and one of minima: f16, or f32 where the whole ROW shares it.
+
+    This one type holds GGUF's Q4_0 ... Q6_K, GPTQ, AWQ and int8 per channel, FP8 per channel or block, MXFP4
+    and NVFP4 without loss.
     """
 
     bits: int
     group_size: int
-    minimum: bool
+    minimum: bool = False
     scale: DType = F32
+    zero_point: bool = False
+    floating: bool = False
+    outer: int | None = None
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8 or self.group_size < 1 or self.scale not in (F16, F32):
-            raise ValueError(f"no such quantized type: {self.bits} bits in groups of {self.group_size}")
+        narrow = self.scale.bits == 8 and self.scale != E8M0
+        if (
+            not 2 <= self.bits <= 8
+            or self.group_size < 0
+            or self.scale not in SCALE_DTYPES.values()
+            or self.minimum + self.zero_point + self.floating > 1
+            or (self.floating and self.bits not in (4, 8))
+            or (narrow != (self.outer is not None))
+            or (self.outer and (not self.group_size or self.outer % self.group_size))
+        ):
+            raise ValueError(f"no such quantized type: {self}")
 
     @property
     def bits_per_weight(self) -> float:
-        """Information content per element, scales included, before any packing."""
-        return self.bits + self.scale.bits * (2 if self.minimum else 1) / self.group_size
+        """Information content per element, scales included, before any packing (of a row of 2,048 for ROW)."""
+        pairs = 2 if self.minimum else 1
+        bits = self.bits + (self.scale.bits * pairs + (self.bits if self.zero_point else 0)) / (self.group_size or 2048)
+        if self.outer is not None:
+            bits += self.outer_dtype.bits * pairs / (self.outer or 2048)
+        return bits
+
+    @property
+    def outer_dtype(self) -> DType:
+        return F16 if self.outer else F32
 
     @property
     def offset(self) -> int:
-        """The code that stands for zero when there is no minimum."""
-        return 0 if self.minimum else 1 << (self.bits - 1)
+        """The code that stands for zero; with minima, zero points or floating codes 0."""
+        return 0 if self.minimum or self.zero_point or self.floating else 1 << (self.bits - 1)
+
+    def groups(self, cols: int) -> int:
+        """Scales per row of ``cols`` elements.
+
+        Raises:
+            ValueError: the row is not made of whole groups.
+        """
+        size = self.group_size or cols
+        if cols % size or (self.outer and cols % self.outer):
+            raise ValueError(f"rows of {cols} are no whole groups of {self}")
+        return cols // size
 
     def __str__(self) -> str:
-        return f"int{self.bits}g{self.group_size}{'m' if self.minimum else ''}:{self.scale}"
+        kind = "fp" if self.floating else "int"
+        zero = "m" if self.minimum else "z" if self.zero_point else ""
+        outer = "" if self.outer is None else f"/{self.outer}"
+        return f"{kind}{self.bits}g{self.group_size}{zero}:{self.scale}{outer}"
 
 
 ElementType: TypeAlias = "DType | GroupQuant"
