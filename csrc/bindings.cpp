@@ -16,6 +16,7 @@
 #include "cpu/executor.h"
 #include "cpu/features.h"
 #include "cpu/ops/attention/contract.h"
+#include "cpu/ops/linear/contract.h"
 #include "cpu/peaks.h"
 #include "cpu/registry.h"
 
@@ -159,6 +160,10 @@ NB_MODULE(_native, m) {
     m.def("supported_isas", &supported_isas, "ISA tiers this machine can run, best last.");
     m.def("cpu_features", &cpu_features, "Vendor, model, flags and cache sizes of the processor.");
     m.def("kernels", &kernels, "isa"_a, "Kernel name -> tier of the implementation that this tier uses.");
+    m.def(
+        "has_int8_products",
+        [](const std::string& isa) { return (find_kernel(isa, "linear")->traits & linear::kInt8Dot) != 0; }, "isa"_a,
+        "Whether the tier multiplies quantized weights with int8 activations.");
     m.def("measure_peaks", &peaks, "isa"_a, "threads"_a, "seconds"_a = 0.3,
           "Bytes/s of DRAM and last-level cache reads, operations/s per precision; the best of several tries.");
     m.def("cache_bytes", &cache_bytes, "kv_heads"_a, "head_dim"_a, "block_size"_a, "num_blocks"_a, "format"_a,

@@ -65,6 +65,11 @@ def gated_activation(gate: Node, up: Node, kind: str) -> Node:
     return make("gated_activation", gate, up, kind=kind)
 
 
+def gated_linear(x: Node, w: Node, bias: Node | None, kind: str) -> Node:
+    """activation(x @ gate.T) * (x @ up.T), where rows of gates and ups alternate in w in blocks of ``GATE_BLOCK``."""
+    return make("gated_linear", x, w, *(() if bias is None else (bias,)), kind=kind)
+
+
 def rope(x: Node, positions: Node, **attrs: Any) -> Node:
     """Rotary position embedding of every head in x [T, heads * head_dim]; attributes: ``rope.RopeSpec``."""
     return make("rope", x, positions, **attrs)

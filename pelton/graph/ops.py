@@ -249,6 +249,28 @@ _op(
 _op("activation", (1, 1), lambda a, x: _gated_type(a, x, x), _activation, 8.0, rowwise=(0,))
 _op("gated_activation", (2, 2), _gated_type, lambda a, g, u: _activation(a, g) * u, 9.0, rowwise=(0, 1))
 
+#: Rows of gates, then as many rows of ups, alternate in the weight of a gated_linear.
+GATE_BLOCK = 32
+
+
+def _gated_linear_type(attrs: Attrs, x: TensorType, w: TensorType, *bias: TensorType) -> TensorType:
+    out = _linear_type(attrs, x, w, *bias)
+    half = TensorType((*out.shape[:-1], int(out.shape[-1]) // 2), F32)
+    _need(int(w.shape[0]) % (2 * GATE_BLOCK) == 0, f"rows of {w} are no blocks of gates and ups")
+    return _gated_type(attrs, half, half)
+
+
+def _gated_linear(attrs: Attrs, x: F, w: HostTensor, bias: HostTensor | None = None) -> F:
+    parts = _linear({}, x, w, bias).reshape(*x.shape[:-1], -1, 2, GATE_BLOCK)
+    y: F = _activation(attrs, parts[..., 0, :]) * parts[..., 1, :]
+    return y.reshape(*x.shape[:-1], -1)
+
+
+_op(
+    "gated_linear", (2, 3), _gated_linear_type, _gated_linear,
+    flops=lambda a, out, x, w, *b: elements(out, 4.0 * w.shape[1] + 9.0), rowwise=(0,),
+)  # fmt: skip
+
 # ------------------------------------------------------------------ shape
 
 

@@ -51,12 +51,9 @@ class QuantizedArray:
         type = self.type
         groups = (rows, type.groups(cols))
         outer = None if type.outer is None else (rows, cols // (type.outer or cols))
-        for name, values, want in (
-            ("scales", self.scale, groups),
-            ("minima", self.minimum, groups if type.minimum or type.zero_point else None),
-            ("outer scales", self.outer_scale, outer),
-            ("outer minima", self.outer_minimum, outer if type.minimum else None),
-        ):
+        wants = [groups, groups if type.minimum or type.zero_point else None, outer, outer if type.minimum else None]
+        names = ("scales", "minima", "outer scales", "outer minima")
+        for name, values, want in zip(names, self.parts()[1:], wants, strict=True):
             if (None if values is None else values.shape) != want:
                 have = "absent" if values is None else values.shape
                 raise ValueError(f"{name} of {type} are {have}, codes {self.codes.shape} need {want}")
@@ -99,9 +96,8 @@ class QuantizedArray:
         codes = self.codes.reshape(rows, scale.shape[1], -1)
         if self.type.floating:
             return (code_values(self.type.bits)[codes] * scale).reshape(rows, cols)
-        if self.type.minimum:
-            minima = self.minima()
-            assert minima is not None
+        minima = self.minima() if self.type.minimum else None
+        if minima is not None:
             return (codes.astype(np.float32) * scale + minima[:, :, None]).reshape(rows, cols)
         zero = self.type.offset if self.minimum is None else self.minimum[:, :, None].astype(np.float32)
         return ((codes.astype(np.float32) - np.float32(zero)) * scale).reshape(rows, cols)

@@ -80,12 +80,5 @@ def parse_dtype(text: str) -> ElementType:
     if match is None:
         return DTYPES[text]
     kind, bits, group, zero, scale, outer = match.groups()
-    return GroupQuant(
-        int(bits),
-        int(group),
-        zero == "m",
-        SCALE_DTYPES[scale],
-        zero == "z",
-        kind == "fp",
-        int(outer) if outer else None,
-    )
+    outer_size = int(outer) if outer else None
+    return GroupQuant(int(bits), int(group), zero == "m", SCALE_DTYPES[scale], zero == "z", kind == "fp", outer_size)

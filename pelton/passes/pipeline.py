@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..graph import Graph
 from .fuse_add_norm import fuse_add_norm
+from .fuse_gated_linear import fuse_gated_linear
 from .fuse_rope_kv_write import fuse_rope_kv_write
 from .last_token_logits import last_token_logits
 from .merge_linears import merge_linears
@@ -22,6 +23,7 @@ class Pass:
 
 PIPELINE: tuple[Pass, ...] = (
     Pass("last_token_logits", last_token_logits, "first: it moves through single ops, not through fused ones"),
+    Pass("fuse_gated_linear", fuse_gated_linear, "before merge_linears, which would join gate and up side by side"),
     Pass("merge_linears", merge_linears, "before fusions, which then see q, k and v as views of one product"),
     Pass("fuse_add_norm", fuse_add_norm, "needs the row selection in place: it must not cross a fused pair"),
     Pass("fuse_rope_kv_write", fuse_rope_kv_write, "works on the views that merge_linears made"),

@@ -10,7 +10,7 @@ from .memory import plan_memory
 from .program import Buffer, CacheRef, Call, Constant, ConstantRef, InputRef, Operand, Program, View
 
 #: How each constant operand is packed: op -> packing per operand index; all others are vectors.
-_PACKINGS = {"embedding": {1: "rows"}, "linear": {1: "panels"}}
+_PACKINGS = {"embedding": {1: "rows"}, "linear": {1: "panels"}, "gated_linear": {1: "panels"}}
 _ROPE = ("rope", "rope_kv_write")
 
 

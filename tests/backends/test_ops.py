@@ -11,6 +11,7 @@ import pytest
 
 from pelton.backends.base import Batch, KVSpec, ScheduledSequence
 from pelton.backends.cpu import _native
+from pelton.backends.cpu.calls import SAME_KERNEL
 from pelton.backends.cpu.executor import CpuExecutor
 from pelton.backends.reference.executor import ReferenceExecutor
 from pelton.graph import BF16, F32, OPS, CacheType, Graph, GroupQuant, Node, make
@@ -56,6 +57,12 @@ def wide(n: int, k: int, dtype: Any, bias: bool = True) -> Node:
     return g.linear(x(k), g.weight("w", (n, k), dtype), g.weight("b", (n,), F32) if bias else None)
 
 
+def gated(k: int, dtype: Any, bias: Any) -> Node:
+    return g.gated_linear(
+        x(k), g.weight("w", (128, k), dtype), None if bias is None else g.weight("b", (128,), bias), "gelu_tanh"
+    )
+
+
 ROPE = {"rotary_dim": 6, "theta": 100.0}
 #: name -> (graph, whether products round to bf16 on tiers with bf16 dot products)
 CASES: dict[str, tuple[Callable[[], Node], bool]] = {
@@ -78,6 +85,9 @@ CASES: dict[str, tuple[Callable[[], Node], bool]] = {
     "softcap": (lambda: g.softcap(x(37), 0.8), False),
     **{f"activation {k}": (lambda k=k: g.activation(x(37), k), False) for k in ("silu", "gelu", "gelu_tanh", "relu")},
     "gated_activation": (lambda: g.gated_activation(x(37), x(37, "y"), "silu"), False),
+    "gated_linear": (lambda: gated(37, F32, None), False),
+    "gated_linear bf16": (lambda: gated(40, BF16, F32), True),
+    "gated_linear int8": (lambda: gated(64, GroupQuant(8, 0), None), True),
     "views": (lambda: g.gated_activation(g.slice_(x(50), 3, 20), g.slice_(x(50), 31, 48), "gelu"), False),
     "take_rows": (lambda: g.take_rows(x(37), STEP.logits_indices), False),
     "rope": (lambda: g.rope(x(40), STEP.positions, head_dim=8, **ROPE), False),
@@ -96,7 +106,7 @@ def weights(graph: Graph) -> dict[str, Any]:
         rng = np.random.default_rng(list(node.name.encode()))
         shape, dtype = tuple(int(d) for d in node.tensor.shape), node.tensor.dtype
         if isinstance(dtype, GroupQuant):
-            groups = (shape[0], shape[1] // dtype.group_size)
+            groups = (shape[0], dtype.groups(shape[1]))
             codes = rng.integers(0, 1 << dtype.bits, shape).astype(np.uint8)
             scale = (rng.standard_normal(groups) / (1 << dtype.bits)).astype(np.float32)
             minimum = rng.standard_normal(groups).astype(np.float32) if dtype.minimum else None
@@ -131,19 +141,23 @@ def steps() -> list[Batch]:
 def test_every_op_has_a_case_and_every_kernel_an_op() -> None:
     covered = {node.op for make_node, _ in CASES.values() for node in Graph("g", (make_node(),)).nodes}
     assert covered >= set(OPS) - COSTLESS
-    assert set(_native.kernels(ISAS[-1])) == set(OPS) - COSTLESS
+    assert {*_native.kernels(ISAS[-1]), *SAME_KERNEL} == set(OPS) - COSTLESS
 
 
+@pytest.mark.parametrize("activations", ["float", "int8"])
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", CASES)
-def test_kernel_means_what_its_row_says(name: str, isa: str) -> None:
+def test_kernel_means_what_its_row_says(name: str, isa: str, activations: str) -> None:
     node, rounds = CASES[name]
     graph = Graph("one_op", (node(),)).verify()
     values = weights(graph)
+    int8 = activations == "int8" and any(isinstance(v, QuantizedArray) for v in values.values())
+    if activations == "int8" and not (int8 and _native.has_int8_products(isa)):
+        pytest.skip("nothing to multiply as int8")
     kv = KVSpec(BLOCKS, BLOCK, 0, 64)
     program = lower(graph, {"T": 64, "S": 4, "N": 64}, 64)
     oracle = ReferenceExecutor(graph, values.__getitem__, kv, lambda *_: [])
-    native = CpuExecutor(program, values.__getitem__, kv, lambda *_: [], isa=isa, threads=2)
+    native = CpuExecutor(program, values.__getitem__, kv, lambda *_: [], isa=isa, threads=2, activations=activations)
     every = graph.outputs[0].tensor.shape[0] == "T"
     for batch in steps():
         want = oracle.logits(batch, every=every)
@@ -158,6 +172,7 @@ def test_kernel_means_what_its_row_says(name: str, isa: str) -> None:
         # bf16 operands: 2**-9 each, averaging out over a sum. A key on the border of two bf16 numbers may
         # be stored as either, on any tier.
         rounded = rounds and (isa == "avx512_bf16" or "attention" in name)
-        limit = 2**-7 if rounded else 40 * float(np.finfo(np.float32).eps)
+        # int8 activations: half a step of 127, averaging out likewise.
+        limit = 2**-6 if int8 else 2**-7 if rounded else 40 * float(np.finfo(np.float32).eps)
         assert np.abs(got - want).max() <= limit * max(1.0, np.abs(want).max()), batch
     native.close()

@@ -45,6 +45,26 @@ CASES = {
         return %c
         """,
     ),
+    "fuse_gated_linear": (
+        """
+        %x = input(name='x') : f32[T, 4]
+        %g = weight(name='g') : bf16[64, 4]
+        %u = weight(name='u') : bf16[64, 4]
+        %a = linear(%x, %g) : f32[T, 64]
+        %b = linear(%x, %u) : f32[T, 64]
+        %y = gated_activation(%a, %b; kind='silu') : f32[T, 64]
+        return %y
+        """,
+        """
+        %x = input(name='x') : f32[T, 4]
+        %g = weight(name='g') : bf16[64, 4]
+        %u = weight(name='u') : bf16[64, 4]
+        %c = concat(%g, %u) : bf16[128, 4]
+        %w = permute_rows(%c; order=(1, 0, 2), shape=(2, 2, 32)) : bf16[128, 4]
+        %y = gated_linear(%x, %w; kind='silu') : f32[T, 64]
+        return %y
+        """,
+    ),
     "merge_linears": (
         """
         %x = input(name='x') : f32[T, 4]

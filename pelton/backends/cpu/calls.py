@@ -8,10 +8,12 @@ from typing import Any
 from ...graph import BF16, F32, TensorType
 from ...graph.rope import RopeSpec
 from ...program import CacheRef, Call, ConstantRef, InputRef, Operand, Program, View
-from .packing import linear_packing, rows_packing
+from .packing import FLOATS, INT8, int8_activations, linear_packing, rows_packing
 
 _DIMS = {"T": 0, "S": 1, "N": 2}
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
+#: Ops that are another op's kernel with an epilogue.
+SAME_KERNEL = {"gated_linear": "linear"}
 CACHE_FORMATS = {F32: 0, BF16: 1}
 _SPACES: dict[type, str] = {ConstantRef: "const", CacheRef: "cache", InputRef: "input"}
 
@@ -24,14 +26,20 @@ class NativeCall:
     floats: list[float] = field(default_factory=list)
 
 
-def native_calls(program: Program, block_size: int, num_blocks: int) -> list[NativeCall]:
-    """One native call per program call, in order. The last two: the shape of every KV cache."""
-    return [_Translator(program, block_size, num_blocks, call).translate() for call in program.calls]
+def native_calls(program: Program, block_size: int, num_blocks: int, int8_activations: bool) -> list[NativeCall]:
+    """One native call per program call, in order.
+
+    block_size, num_blocks: the shape of every KV cache. int8_activations: quantized weights are multiplied
+    with int8 activations where their codes are integers.
+    """
+    shape = (block_size, num_blocks)
+    return [_Translator(program, shape, int8_activations, call).translate() for call in program.calls]
 
 
 class _Translator:
-    def __init__(self, program: Program, block_size: int, num_blocks: int, call: Call) -> None:
-        self.program, self.cache_shape, self.call = program, (block_size, num_blocks), call
+    def __init__(self, program: Program, cache_shape: tuple[int, int], int8_activations: bool, call: Call) -> None:
+        self.program, self.cache_shape, self.call = program, cache_shape, call
+        self.int8_activations = int8_activations
         self.rows = _DIMS[program.rows_of(call)]
         self.params = call.params
 
@@ -58,7 +66,7 @@ class _Translator:
     def translate(self) -> NativeCall:
         call = self.call
         ints, floats, operands = getattr(self, f"_{call.kernel}")(*call.outputs, *call.operands)
-        return NativeCall(call.kernel, [self.native(o) for o in operands], ints, floats)
+        return NativeCall(SAME_KERNEL.get(call.kernel, call.kernel), [self.native(o) for o in operands], ints, floats)
 
     # Each method below takes the call's outputs and operands in the op's order and returns ints,
     # floats and operands in the kernel's order.
@@ -68,10 +76,15 @@ class _Translator:
         packing = rows_packing(self.constant_type(table).dtype)
         return [self.rows, cols, self.ld(out), vocab, *packing.ints()], [], (out, table, ids)
 
-    def _linear(self, out: View, x: View, w: ConstantRef, bias: Operand | None = None) -> Any:
+    def _gated_linear(self, out: View, x: View, w: ConstantRef, bias: Operand | None = None) -> Any:
+        return self._linear(out, x, w, bias, 1 + _ACTIVATIONS[self.params["kind"]])
+
+    def _linear(self, out: View, x: View, w: ConstantRef, bias: Operand | None = None, epilogue: int = 0) -> Any:
         n, k = self.constant_shape(w)
-        packing = linear_packing(self.constant_type(w).dtype)
-        return [self.rows, n, k, self.ld(out), self.ld(x), *packing.ints()], [], (out, x, w, bias)
+        dtype = self.constant_type(w).dtype
+        activations = INT8 if self.int8_activations and int8_activations(dtype) else FLOATS
+        packing = linear_packing(dtype).ints(activations)
+        return [self.rows, n, k, self.ld(out), self.ld(x), *packing, epilogue], [], (out, x, w, bias)
 
     def _rms_norm(self, out: View, x: View, w: ConstantRef) -> Any:
         (chunk,) = self.constant_shape(w)

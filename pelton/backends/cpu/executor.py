@@ -71,8 +71,9 @@ class CpuExecutor(HostExecutor):
 
     read: yields a checkpoint tensor by name. content_key: identifies the checkpoint's content for the
     packed-weight cache, None to keep packed weights in memory only. on_packed(bytes) reports progress
-    while packing. Activations are float32; products use bf16 pairs where the ISA has them and the
-    weights are not float32.
+    while packing. Activations are float32 between products. Next to quantized weights they become int8 with
+    a scale per group, unless ``activations`` is "float" or the ISA has no int8 products; next to other weights
+    than float32 they are rounded to bf16 where the ISA has products of pairs.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class CpuExecutor(HostExecutor):
         *,
         isa: str,
         threads: int,
+        activations: str = "auto",
         content_key: str | None = None,
         on_packed: Callable[[int], None] = lambda size: None,
     ) -> None:
@@ -102,7 +104,8 @@ class CpuExecutor(HostExecutor):
             self._native.add_cache(
                 _native.cache_bytes(cache.num_kv_heads, cache.head_dim, kv_spec.block_size, kv_spec.num_blocks, format)
             )
-        for call in native_calls(program, kv_spec.block_size, kv_spec.num_blocks):
+        int8 = activations != "float" and _native.has_int8_products(isa)
+        for call in native_calls(program, kv_spec.block_size, kv_spec.num_blocks, int8):
             self._native.add_call(call.kernel, call.operands, call.ints, call.floats)
 
     def _pack(

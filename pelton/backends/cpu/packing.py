@@ -18,25 +18,110 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from pelton.graph.quantized import HostTensor, QuantizedArray
-from pelton.graph.types import BF16, F16, F32, ElementType, GroupQuant
+from pelton.graph.quantized import SCALE_ARRAYS, HostTensor, QuantizedArray
+from pelton.graph.types import BF16, E4M3, E8M0, F16, F32, I8, ROW, U8, DType, ElementType, GroupQuant
 
 Bytes: TypeAlias = "npt.NDArray[np.uint8]"
+Words: TypeAlias = "npt.NDArray[np.uint32]"
 
 #: Part of the key of packed weights kept on disk: raise it whenever a layout changes, or what a reader
 #: of checkpoints yields.
-VERSION = 1
+VERSION = 2
 #: Output columns per panel: kPanel of the kernels.
 PANEL = 64
+#: A row that is one group is padded to a multiple of this.
+UNIT = 32
 #: ``format`` of a linear call.
 LINEAR_F32, LINEAR_BF16, LINEAR_QUANTIZED = range(3)
+#: ``codes`` of a linear call.
+BYTE, NIBBLE, NIBBLE1, NIBBLE2, TWO, FP4, FP8 = range(7)
+#: ``scale_format`` of a linear call.
+SCALE_FORMATS = {scale: i for i, scale in enumerate((F32, F16, BF16, U8, I8, E4M3, E8M0))}
+#: ``activations`` of a linear call.
+FLOATS, INT8 = range(2)
 #: ``format`` of an embedding call.
 ROWS_F32, ROWS_BF16, ROWS_F16, ROWS_QUANTIZED = range(4)
+#: The offset of FP4 codes once the kernels have made integers of them.
+_FP4_OFFSET = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Packing:
-    """The numbers by which a kernel call describes a packed weight."""
+class CodeLayout:
+    """A unit of codes: ``words`` words of quads, ``bits`` bits of each code in them, the rest in one more word."""
+
+    codes: int
+    words: int
+    bits: int
+    plane: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Of a unit in one column."""
+        return 4 * (self.words + self.plane)
+
+
+CODE_LAYOUTS = {
+    BYTE: CodeLayout(4, 1, 8, False),
+    NIBBLE: CodeLayout(8, 1, 4, False),
+    NIBBLE1: CodeLayout(32, 4, 4, True),
+    NIBBLE2: CodeLayout(16, 2, 4, True),
+    TWO: CodeLayout(16, 1, 2, False),
+    FP4: CodeLayout(8, 1, 4, False),
+    FP8: CodeLayout(4, 1, 8, False),
+}
+
+
+def code_format(dtype: GroupQuant) -> int:
+    """How the codes of a type lie in a panel: without a wasted bit where their groups are whole units."""
+    if dtype.floating:
+        return FP4 if dtype.bits == 4 else FP8
+    wanted = {2: TWO, 3: NIBBLE, 4: NIBBLE, 5: NIBBLE1, 6: NIBBLE2}.get(dtype.bits, BYTE)
+    fallback = NIBBLE if dtype.bits <= 4 else BYTE
+    return fallback if dtype.group_size % CODE_LAYOUTS[wanted].codes else wanted
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPacking:
+    """The numbers by which a linear call describes its packed weight."""
+
+    format: int
+    dtype: GroupQuant | None = None
+
+    @property
+    def codes(self) -> int:
+        return BYTE if self.dtype is None else code_format(self.dtype)
+
+    def ints(self, activations: int = FLOATS) -> list[int]:
+        """[format, codes, group_size, scale_format, zeros, outer, offset, activations] of a ``linear`` call."""
+        dtype = self.dtype
+        if dtype is None:
+            return [self.format, 0, 0, 0, 0, 0, 0, 0]
+        zeros = 1 if dtype.minimum else 2 if dtype.zero_point else 0
+        outer = 0 if dtype.outer is None else dtype.outer or 1
+        offset = _FP4_OFFSET if self.codes == FP4 else dtype.offset
+        scale = SCALE_FORMATS[dtype.scale]
+        return [self.format, self.codes, dtype.group_size, scale, zeros, outer, offset, activations]
+
+
+def linear_packing(dtype: ElementType) -> LinearPacking:
+    """How a matrix of this type is packed for ``linear``."""
+    if isinstance(dtype, GroupQuant):
+        if dtype.group_size % 8:
+            raise ValueError(f"{dtype}: linear needs a group_size that is a multiple of 8")
+        return LinearPacking(LINEAR_QUANTIZED, dtype)
+    if dtype not in (F32, F16, BF16):
+        raise ValueError(f"a weight of type {dtype} cannot be packed")
+    return LinearPacking(LINEAR_BF16 if dtype == BF16 else LINEAR_F32)
+
+
+def int8_activations(dtype: ElementType) -> bool:
+    """Whether int8 activations suit a weight type: all integers, and FP4, whose values are halves of integers."""
+    return isinstance(dtype, GroupQuant) and code_format(dtype) != FP8
+
+
+@dataclass(frozen=True, slots=True)
+class RowsPacking:
+    """The numbers by which an embedding call describes its table."""
 
     format: int
     bits: int = 0
@@ -45,56 +130,69 @@ class Packing:
     scale_is_f32: bool = False
     offset: int = 0
 
+    @property
+    def scale(self) -> DType:
+        return F32 if self.scale_is_f32 else F16
+
     def ints(self) -> list[int]:
-        """[format, bits_stored, group_size, has_min, scale_is_f32, offset] of a ``linear`` or ``embedding`` call."""
-        stored = 0 if not self.bits else _stored_bits(self.bits)
+        """[format, bits_stored, group_size, has_min, scale_is_f32, offset] of an ``embedding`` call."""
+        stored = 0 if not self.bits else 4 if self.bits <= 4 else 8
         return [self.format, stored, self.group_size, int(self.has_min), int(self.scale_is_f32), self.offset]
 
 
-def _stored_bits(bits: int) -> int:
-    return 4 if bits <= 4 else 8
-
-
-def _scale_dtype(packing: Packing) -> type[np.floating[Any]]:
-    return np.float32 if packing.scale_is_f32 else np.float16
-
-
-def _quantized(format: int, dtype: GroupQuant) -> Packing:
-    return Packing(format, dtype.bits, dtype.group_size, dtype.minimum, dtype.scale == F32, dtype.offset)
-
-
-def linear_packing(dtype: ElementType) -> Packing:
-    """How a matrix of this type is packed for ``linear``."""
-    if isinstance(dtype, GroupQuant):
-        if dtype.group_size % 8:
-            raise ValueError(f"{dtype}: linear needs a group_size that is a multiple of 8")
-        return _quantized(LINEAR_QUANTIZED, dtype)
-    if dtype not in (F32, F16, BF16):
-        raise ValueError(f"a weight of type {dtype} cannot be packed")
-    return Packing(LINEAR_BF16 if dtype == BF16 else LINEAR_F32)
-
-
-def rows_packing(dtype: ElementType) -> Packing:
-    """How a table of this type is packed for ``embedding``."""
-    if isinstance(dtype, GroupQuant):
-        return _quantized(ROWS_QUANTIZED, dtype)
-    formats = {F32: ROWS_F32, BF16: ROWS_BF16, F16: ROWS_F16}
-    if dtype not in formats:
+def rows_packing(dtype: ElementType) -> RowsPacking:
+    """How a table of this type is packed for ``embedding``: scales as f16 or f32, floating codes as f32 values."""
+    if isinstance(dtype, GroupQuant) and not dtype.floating and dtype.group_size != ROW:
+        minimum = dtype.minimum or dtype.zero_point
+        exact = dtype.scale == F16 and not dtype.zero_point
+        return RowsPacking(ROWS_QUANTIZED, dtype.bits, dtype.group_size, minimum, not exact, dtype.offset)
+    formats: dict[Any, int] = {F32: ROWS_F32, BF16: ROWS_BF16, F16: ROWS_F16}
+    if isinstance(dtype, DType) and dtype not in formats:
         raise ValueError(f"a table of type {dtype} cannot be packed")
-    return Packing(formats[dtype])
+    return RowsPacking(formats.get(dtype, ROWS_F32))
 
 
 def linear_nbytes(n: int, k: int, dtype: ElementType) -> int:
-    """Bytes of :func:`pack_linear` for a weight [n, k]."""
+    """Bytes of :func:`pack_linear` for a weight [n, k].
+
+    Raises:
+        ValueError: rows of k are no whole groups, or no kernel takes the type.
+    """
     packing = linear_packing(dtype)
     panels = -(-n // PANEL)
-    if packing.format == LINEAR_F32:
-        return panels * k * PANEL * 4
-    if packing.format == LINEAR_BF16:
-        return panels * (k + k % 2) * PANEL * 2
-    if k % packing.group_size:
-        raise ValueError(f"k = {k} is not a multiple of the group size of {dtype}")
-    return panels * (k // packing.group_size) * _group_nbytes(packing)
+    if packing.dtype is None:
+        return panels * PANEL * (k * 4 if packing.format == LINEAR_F32 else (k + k % 2) * 2)
+    return panels * _panel_layout(k, packing.dtype).nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class _PanelLayout:
+    """Bytes of the parts of a panel, in the order of contract.h."""
+
+    group: int  # elements of k, padded where the row is one group
+    groups: int
+    outer_groups: int  # groups in a block that has outer factors before it; all without such blocks
+    outer: int  # bytes before a block
+    codes: int  # of one group
+    group_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.groups // self.outer_groups * self.outer + self.groups * self.group_bytes
+
+
+def _panel_layout(k: int, dtype: GroupQuant) -> _PanelLayout:
+    groups = dtype.groups(k)
+    group = dtype.group_size or -(-k // UNIT) * UNIT
+    layout = CODE_LAYOUTS[code_format(dtype)]
+    codes = group // layout.codes * layout.nbytes * PANEL
+    scale = PANEL * dtype.scale.bits // 8
+    zeros = scale if dtype.minimum else PANEL if dtype.zero_point else 0
+    outer_groups, outer = groups, 0
+    if dtype.outer is not None:
+        outer_groups = dtype.outer // group if dtype.outer else groups
+        outer = PANEL * dtype.outer_dtype.bits // 8 * (2 if dtype.minimum else 1)
+    return _PanelLayout(group, groups, outer_groups, outer, codes, codes + scale + zeros)
 
 
 def rows_nbytes(n: int, k: int, dtype: ElementType) -> int:
@@ -110,16 +208,10 @@ def _align4(size: int) -> int:
     return -(-size // 4) * 4
 
 
-def _group_nbytes(packing: Packing) -> int:
-    """Codes, scales and minima of one panel and group."""
-    scales = PANEL * (4 if packing.scale_is_f32 else 2) * (2 if packing.has_min else 1)
-    return packing.group_size * PANEL * _stored_bits(packing.bits) // 8 + scales
-
-
-def _row_parts(k: int, packing: Packing) -> tuple[int, int]:
+def _row_parts(k: int, packing: RowsPacking) -> tuple[int, int]:
     """Bytes of the codes and of the scales of one table row."""
     codes = _align4((k + 1) // 2 if packing.bits <= 4 else k)
-    return codes, k // packing.group_size * (4 if packing.scale_is_f32 else 2)
+    return codes, k // packing.group_size * packing.scale.bits // 8
 
 
 def dtype_of(weight: HostTensor) -> ElementType:
@@ -151,7 +243,7 @@ def pack_linear(weight: HostTensor, kind: ElementType | None = None, out: Bytes 
         if dtype != weight.type:
             raise ValueError(f"a weight of {weight.type} cannot be packed as {dtype}")
         for p, panel in enumerate(panels):
-            _pack_quantized_panel(weight[p * PANEL : (p + 1) * PANEL], packing, panel)
+            _pack_quantized_panel(weight[p * PANEL : (p + 1) * PANEL], panel)
         return out
     if isinstance(dtype, GroupQuant):
         raise ValueError(f"a plain weight cannot be packed as {dtype}; quantize it first")
@@ -189,47 +281,53 @@ def _pad_rows(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.concatenate([rows, np.zeros((PANEL - rows.shape[0], *rows.shape[1:]), rows.dtype)])
 
 
-def _pack_quantized_panel(weight: QuantizedArray, packing: Packing, panel: Bytes) -> None:
-    codes = np.ascontiguousarray(_pad_rows(weight.codes))
-    words = _nibble_words(codes) if packing.bits <= 4 else _byte_words(codes)
-    groups = panel.reshape(-1, _group_nbytes(packing))
-    code_bytes = packing.group_size * PANEL * _stored_bits(packing.bits) // 8
+def _pack_quantized_panel(weight: QuantizedArray, panel: Bytes) -> None:
+    dtype = weight.type
+    layout = _panel_layout(weight.shape[1], dtype)
+    blocks = panel.reshape(layout.groups // layout.outer_groups, -1)
+    at = 0
+    for outer in (weight.outer_scale, weight.outer_minimum):
+        if outer is not None:
+            at = _put(blocks, at, outer.astype(SCALE_ARRAYS[dtype.outer_dtype], copy=False))
+    # The outer factors in front make the groups a strided view: [blocks, groups of a block, bytes].
+    groups = blocks[:, layout.outer :].reshape(len(blocks), layout.outer_groups, layout.group_bytes)
+    codes = _pad_rows(weight.codes)
+    if codes.shape[1] < layout.groups * layout.group:
+        codes = np.pad(codes, ((0, 0), (0, layout.groups * layout.group - codes.shape[1])))
+    words = _code_words(np.ascontiguousarray(codes), CODE_LAYOUTS[code_format(dtype)])
     # Assigning through a u32 view transposes [64, words] into [words, 64] without another copy.
-    lanes = groups[:, :code_bytes].view(np.uint32).reshape(groups.shape[0], -1, PANEL)
-    lanes[:] = words.reshape(PANEL, groups.shape[0], -1).transpose(1, 2, 0)
-    at = code_bytes
+    lanes = groups[..., : layout.codes].view(np.uint32).reshape(*groups.shape[:2], -1, PANEL)
+    lanes[:] = words.reshape(PANEL, *groups.shape[:2], -1).transpose(1, 2, 3, 0)
+    at = layout.codes
     for part in (weight.scale, weight.minimum):
-        if part is None:
-            continue
-        values = _pad_rows(part.astype(_scale_dtype(packing), copy=False))
-        size = PANEL * values.itemsize
-        groups[:, at : at + size].view(values.dtype)[:] = values.T
-        at += size
+        if part is not None:
+            at = _put(groups, at, part)
 
 
-def _nibble_words(codes: Bytes) -> npt.NDArray[np.uint32]:
-    """8 codes per u32: even codes in the low half, odd ones in the high half, in ascending nibbles."""
-    eight = codes.view(np.uint64)
-    words = _even_nibbles(eight)
-    words |= _even_nibbles(eight >> np.uint64(8)) << np.uint64(16)
-    return words.astype(np.uint32)
+def _put(to: Bytes, at: int, values: npt.NDArray[Any]) -> int:
+    """Write columns of factors [64 or fewer, count] at byte ``at`` of ``to`` [..., bytes]; returns the end."""
+    values = _pad_rows(values)
+    size = PANEL * values.itemsize
+    to[..., at : at + size].view(values.dtype)[:] = values.T.reshape(*to.shape[:-1], PANEL)
+    return at + size
 
 
-def _even_nibbles(eight: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The low nibbles of bytes 0, 2, 4 and 6, side by side."""
-    x = eight & np.uint64(0x000F000F000F000F)
-    x |= x >> np.uint64(12)
-    x &= np.uint64(0x000000FF000000FF)
-    x |= x >> np.uint64(24)
-    x &= np.uint64(0xFFFF)
-    return x
-
-
-def _byte_words(codes: Bytes) -> npt.NDArray[np.uint32]:
-    """4 codes per u32 in the byte order 0, 2, 1, 3."""
-    four = codes.view(np.uint32)
-    middle = ((four & np.uint32(0x0000FF00)) << np.uint32(8)) | ((four & np.uint32(0x00FF0000)) >> np.uint32(8))
-    return (four & np.uint32(0xFF0000FF)) | middle
+def _code_words(codes: Bytes, layout: CodeLayout) -> Words:
+    """uint8 [rows, k] as uint32 [rows, units * words], in the order that contract.h describes."""
+    rows = codes.shape[0]
+    quads = codes.view(np.uint32).reshape(rows, -1, layout.words, 8 // layout.bits)  # unit, word, quad of the word
+    low = np.uint32((1 << layout.bits) - 1) * np.uint32(0x01010101)
+    words = quads[..., 0] & low
+    for i in range(1, 8 // layout.bits):
+        words |= (quads[..., i] & low) << np.uint32(layout.bits * i)
+    if not layout.plane:
+        return words.reshape(rows, -1)
+    upper = (quads.reshape(rows, words.shape[1], -1) >> np.uint32(layout.bits)) & np.uint32(0x0F0F0F0F)
+    bits = 8 // upper.shape[2]  # of each code: a byte of the plane has them for all quads of the unit
+    plane = upper[..., 0]
+    for j in range(1, upper.shape[2]):
+        plane = plane | (upper[..., j] << np.uint32(bits * j))
+    return np.concatenate([words, plane[..., None]], axis=2).reshape(rows, -1)
 
 
 def pack_rows(table: HostTensor, out: Bytes | None = None) -> Bytes:
@@ -244,9 +342,16 @@ def pack_rows(table: HostTensor, out: Bytes | None = None) -> Bytes:
     size = rows_nbytes(n, k, dtype)
     out = np.empty(size, np.uint8) if out is None else _checked(out, size)
     rows = out.reshape(n, -1)
-    if not isinstance(table, QuantizedArray):
-        rows[:] = np.ascontiguousarray(table).view(np.uint8).reshape(n, -1)
+    if packing.format != ROWS_QUANTIZED:
+
+        def copy(begin: int, end: int) -> None:
+            part = table[begin:end]
+            values = part.dequantize() if isinstance(part, QuantizedArray) else np.ascontiguousarray(part)
+            rows[begin:end] = values.view(np.uint8).reshape(end - begin, -1)
+
+        _in_chunks(n, copy)
         return out
+    assert isinstance(table, QuantizedArray)
     quantized = table
 
     def fill(begin: int, end: int) -> None:
@@ -260,9 +365,9 @@ def pack_rows(table: HostTensor, out: Bytes | None = None) -> Bytes:
         to[:, : codes.shape[1]] = codes
         to[:, codes.shape[1] : codes_size] = 0
         at = codes_size
-        for values in (part.scale, part.minimum):
+        for values in (part.scales(), part.minima()):
             if values is not None:
-                exact = np.ascontiguousarray(values.astype(_scale_dtype(packing), copy=False))
+                exact = np.ascontiguousarray(values.astype(SCALE_ARRAYS[packing.scale], copy=False))
                 to[:, at : at + scales_size] = exact.view(np.uint8).reshape(exact.shape[0], -1)
                 at += scales_size
         to[:, at:] = 0

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pelton.backends.cpu import packing
-from pelton.graph.quantized import QuantizedArray
-from pelton.graph.types import BF16, F16, F32, GroupQuant
+from pelton.graph.quantized import SCALE_ARRAYS, QuantizedArray
+from pelton.graph.types import BF16, E8M0, F16, F32, I8, ROW, U8, GroupQuant
 from tests.helpers.tolerance import F32_EPS, assert_within
 
 from .native import ISAS, NONE, Runner
@@ -153,15 +153,31 @@ def test_arithmetic_is_exact(isa: str, cols: int, threads: int) -> None:
 
 
 def quantized(r: np.random.Generator, n: int, k: int, dtype: GroupQuant) -> QuantizedArray:
-    kind = np.float16 if dtype.scale == F16 else np.float32
+    """Random codes and factors of any type; weights are of the order of 1."""
+    shape, kind = (n, dtype.groups(k)), SCALE_ARRAYS[dtype.scale]
+    integers = dtype.scale in (U8, I8)
+    low = -40 if dtype.scale == I8 else 0
+
+    def factors(least: float, most: float) -> Any:
+        return (r.integers(low, 64, shape) if integers else r.uniform(least, most, shape)).astype(kind)
+
     codes = r.integers(0, 2**dtype.bits, (n, k), dtype=np.uint8)
-    scale = r.uniform(0.01, 0.1, (n, k // dtype.group_size)).astype(kind)
-    minimum = (-r.uniform(0, 1, scale.shape)).astype(kind) if dtype.minimum else None
-    return QuantizedArray(codes, scale, minimum, dtype)
+    if dtype.floating and dtype.bits == 8:
+        codes[(codes & 127) == 127] = 0  # NaN
+    minimum = factors(-1, 0) if dtype.minimum else None
+    if dtype.zero_point:
+        minimum = r.integers(0, 2**dtype.bits, shape, dtype=np.uint8)
+    outer: list[Any] = [None, None]
+    if dtype.outer is not None:
+        of = (n, k // (dtype.outer or k)), SCALE_ARRAYS[dtype.outer_dtype]
+        outer = [r.uniform(0.001, 0.01, of[0]).astype(of[1]), -r.uniform(0.001, 0.01, of[0]).astype(of[1])]
+    return QuantizedArray(codes, factors(0.01, 0.1), minimum, dtype, outer[0], outer[1] if dtype.minimum else None)
 
 
 TABLES = [F32, BF16, F16, GroupQuant(4, 16, True, F16), GroupQuant(4, 32, False, F32), GroupQuant(6, 16, False, F16),
-          GroupQuant(8, 32, True, F32), GroupQuant(3, 48, False, F16)]  # fmt: skip
+          GroupQuant(8, 32, True, F32), GroupQuant(3, 48, False, F16), GroupQuant(4, 32, True, U8, outer=96),
+          GroupQuant(6, 16, False, I8, outer=32), GroupQuant(4, 32, scale=F16, zero_point=True), GroupQuant(8, ROW),
+          GroupQuant(4, 32, scale=E8M0, floating=True), GroupQuant(8, 32, floating=True)]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", TABLES, ids=str)

@@ -7,22 +7,31 @@ namespace pelton::cpu {
 
 struct Contract;
 
-// 64 columns are 4 AVX-512, 8 AVX2 or 16 SSE registers: one layout serves every ISA.
+// 64 columns are 4 AVX-512, 8 AVX2 or 16 SSE registers, or 4 AMX tiles: one layout serves every ISA.
 constexpr int kPanel = 64;
-// Up to this many rows every thread rounds the activations for itself, which is cheaper than a barrier.
+// Up to this many rows every thread prepares the activations for itself, which is cheaper than a barrier.
 constexpr int kLocalRows = 4;
 // Rows of one work item: a multiple of 6 (register tile) and large enough to reuse a panel from L2.
 constexpr int kRowBlock = 192;
-// Depth of codes that are expanded at a time: 16 KB of bf16 pairs or f32, which stay in the L1 cache.
-constexpr int kExpandBlockBf16 = 128, kExpandBlockF32 = 64;
+// Bytes of codes that are expanded at a time: they stay in the L1 cache.
+constexpr int kExpandBytes = 16 * 1024;
+// A row that is one group is padded to a multiple of this, the largest unit of codes.
+constexpr int kUnit = 32;
 
 // Panel layouts, columns padded to 64 with zeros:
-//   f32        [k][64] f32
-//   bf16       [ceil(k / 2)][64][2] bf16
-//   quantized  per group of k: codes, scales [64], minima [64] if any (f16 or f32)
-//     4 bits: [group / 8][64] u32; nibble j of the low half is code 2j, of the high half code 2j + 1,
-//             so that one shift by 4j brings a pair of codes into the positions of a bf16 pair
-//     8 bits: [group / 4][64] u32; bytes 0 and 2 are codes 0 and 1, bytes 1 and 3 codes 2 and 3
+//   f32    [k][64] f32
+//   bf16   [ceil(k / 2)][64][2] bf16
+//   codes  [outer factors of the row] blocks of ([outer factors] groups of (codes, scales [64], zeros [64]))
+// with outer factors as f32 [64] where the row shares them, f16 [64] before each block otherwise; the same again
+// for minima. Zeros are minima in the type of the scales, or zero points as u8.
+// Codes lie in units of u32 words [64], a quad of codes k .. k + 3 in the bytes of a word, lowest first:
+//   byte     4 codes    1 word
+//   nibble   8 codes    1 word: low halves of the bytes are codes 0-3, high halves 4-7
+//   nibble1  32 codes   4 words of nibbles and one of fifth bits: bit j of byte b belongs to code 4j + b
+//   nibble2  16 codes   2 words of nibbles and one of upper bits: bits 2j, 2j + 1 of byte b belong to code 4j + b
+//   two      16 codes   1 word: bits 2j, 2j + 1 of byte b are code 4j + b
+//   fp4      as nibble, FP4 E2M1
+//   fp8      as byte, FP8 E4M3
 namespace linear {
 enum Operands { kOut, kX, kWeight, kBias };
 enum Ints {
@@ -32,28 +41,49 @@ enum Ints {
     kLdOut,
     kLdX,
     kFormat,
-    kBits,
-    kGroupSize,
-    kHasMin,
-    kScaleIsF32,
+    kCodes,
+    kGroupSize,    // 0: the row
+    kScaleFormat,  // of scales and minima
+    kZeros,
+    kOuter,  // 0: no outer factor, 1: of the row, else the elements that share one
     kOffset,
+    kActivations,
+    kEpilogue,
     kBlockRows
 };  // the last is set by the plan
 enum Format { kF32, kBf16, kQuantized };
-// Traits of a kernel: the type it multiplies activations in (except with f32 weights).
-enum Traits { kActivationsF32, kActivationsBf16 };
+enum CodeFormat { kByte, kNibble, kNibble1, kNibble2, kTwo, kFp4, kFp8 };
+enum ScaleFormat { kScaleF32, kScaleF16, kScaleBf16, kScaleU8, kScaleI8, kScaleE4m3, kScaleE8m0 };
+enum Zeros { kNoZeros, kMinima, kZeroPoints };
+// What quantized weights are multiplied with: floats (the tier's best type), or int8 with a scale per group.
+enum Activations { kFloats, kInt8 };
+// kGated + an activation kind: columns come in blocks of 32 gates and their 32 ups, out is activation(gate) * up.
+enum Epilogue { kPlain, kGated };
+// Traits of a kernel, as bits.
+enum Traits { kActivationsBf16 = 1, kInt8Dot = 2 };
 }  // namespace linear
+
+// How a row of activations is prepared.
+enum PreparedRows { kRowsAsTheyAre, kRowsF32, kRowsBf16, kRowsInt8 };
 
 // Sizes that the contract and the kernels must agree on.
 struct LinearShape {
     int64_t panels;
     int64_t row_blocks, row_block;  // an item is a panel and a row block, row blocks fastest
-    int64_t padded_k;               // elements of a row of rounded activations
-    int64_t groups;                 // per row, 0 unless quantized
-    int64_t group_bytes;            // codes, scales and minima of one panel and group
+    PreparedRows prepared;
+    int64_t padded_k;   // elements of a prepared row
+    int64_t row_bytes;  // of a prepared row, 0 if x is used as it is
+    // The rest is 0 unless the weight is quantized.
+    int64_t group, groups;  // elements, count per row
+    int64_t info_bytes;     // per row: scale, sum, and start of the accumulators for each group
+    int64_t code_bytes;     // of one panel and group
+    int64_t scale_bytes;    // of one panel and group: scales, and as much again for minima
+    int64_t group_bytes;    // codes, scales and zeros of one panel and group
+    int64_t outer_groups;   // that share an outer factor, 0 if there is none or the row shares it
+    int64_t outer_bytes;    // outer factors before each block, or before the row
     int64_t panel_bytes;
-    int64_t rounded_bytes;  // of one row of rounded activations, 0 if x is used as it is
-    int64_t depth;          // k that is expanded at a time when quantized
+    int64_t block;  // groups that are taken at a time, their scales as f32; 1 if the row is one group
+    int64_t depth;  // codes that are expanded at a time
 };
 LinearShape linear_shape(const Call& call);
 
