@@ -14,6 +14,7 @@ from typing import Any
 
 from .backends.base import Executor, KVSpec
 from .checkpoint import Checkpoint, open_checkpoint, resolve_model
+from .checkpoint.quantized_hf import zero_biases
 from .config import EngineConfig
 from .errors import CheckpointError, OutOfMemoryError, PeltonError, RequestError, TokenizerError
 from .graph import F16, Graph
@@ -119,7 +120,8 @@ def bound_graph(config: EngineConfig, checkpoint: Checkpoint) -> Graph:
         raise CheckpointError(
             f"the config of this {checkpoint.architecture} contradicts itself ({error})", "check config.json"
         ) from error
-    stored = {name: tensor.type for name, tensor in checkpoint.tensors.items()}
+    needless = zero_biases(checkpoint.tensors, {n.name for n in graph.leaves("weight")})
+    stored = {name: tensor.type for name, tensor in checkpoint.tensors.items() if name not in needless}
     return bind_types(graph, stored, config.dtype, config.kv_cache_dtype)
 
 
@@ -140,7 +142,7 @@ def plan(config: EngineConfig) -> Plan:
             f"max_model_len {config.max_model_len} exceeds the {context} tokens the model was trained for",
             f"choose at most {context}",
         )
-    notes = []
+    notes = list(checkpoint.notes)
     if config.dtype == "auto" and any(t.type.dtype == F16 for t in checkpoint.tensors.values()):
         notes.append("f16 weights run as bf16, which rounds them to 8 bits; dtype='f32' keeps all 11")
     limits = {"T": config.max_num_batched_tokens, "S": config.max_num_seqs, "N": config.max_num_seqs}
