@@ -311,7 +311,8 @@ def _layer_scheme(layer: _Layer) -> Mapping[str, Any]:
             )
     general: Mapping[str, Any] | None = None
     for group in groups.values():
-        for target in group.get("targets") or ():
+        targets = group.get("targets")
+        for target in targets if isinstance(targets, list) else ():
             if target == "Linear":
                 general = group
             elif _names(target, layer.name):
