@@ -26,7 +26,7 @@ from .base import LazyTensor
 
 _FLOATS = ("f32", "f16", "bf16")
 #: Nibble i of a word of AWQ holds column _AWQ_ORDER[i] of eight.
-_AWQ_ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 #: Scales of activations and of the KV cache: Pelton finds the former per token and keeps the latter in floats.
 _ACTIVATION_SCALES = ("input_scale", "input_zero_point", "input_global_scale", "activation_scale", "output_scale")
 _CACHE_SCALES = ("k_scale", "v_scale", "q_scale", "kv_scale")
@@ -261,9 +261,11 @@ def _awq(layer: _Layer) -> LazyTensor:
     type = GroupQuant(bits, grid.group_size, scale=_scale_type(scales, grid), zero_point=True)
 
     def codes_of(tensor: LazyTensor) -> Array:
-        codes = unpack_bits(np.asarray(tensor.read()), bits, rows)
-        ordered = codes.reshape(len(codes), -1, 8)[:, :, np.argsort(_AWQ_ORDER)]
-        return np.ascontiguousarray(ordered.reshape(len(codes), rows).T)
+        packed = np.ascontiguousarray(np.asarray(tensor.read()).view(np.uint32).T)
+        codes = np.empty((rows, packed.shape[1]), np.uint8)
+        for nibble, column in enumerate(_AWQ_ORDER):
+            codes[column::8] = (packed >> np.uint32(4 * nibble)) & np.uint32(15)
+        return codes
 
     def read() -> QuantizedArray:
         scale = grid.spread(np.asarray(scales.read()).T)

@@ -359,7 +359,8 @@ def damaged(values: Any, rng: random.Random) -> Any:
     if kind == 3:
         return values[None]
     if kind == 4:
-        return values.astype(rng.choice([np.float32, np.int32, np.uint8, np.float16]))
+        with np.errstate(all="ignore"):
+            return values.astype(rng.choice([np.float32, np.int32, np.uint8, np.float16]))
     raw = bytearray(values.tobytes())
     for _ in range(5):
         raw[rng.randrange(len(raw))] = rng.randrange(256)
