@@ -118,7 +118,8 @@ def convert_quantized(
         CheckpointError: an unknown method, an option of it that no GroupQuant holds, parts that are missing or
             contradict each other.
     """
-    scheme = config.get("quantization_config", config.get("compression_config"))
+    schemes = (config.get("quantization_config"), config.get("compression_config"))  # the latter is an old name
+    scheme = next((s for s in schemes if s is not None), None)
     if scheme is None:
         codes = next((n for n in tensors if n.endswith((".qweight", ".weight_packed"))), None)
         if codes is not None:

@@ -369,3 +369,22 @@ def damaged(values: Any, rng: random.Random) -> Any:
 
 def test_every_method_is_tested() -> None:
     assert {scheme["quant_method"] for scheme, _, _ in FORMATS.values()} == set(METHODS)
+
+
+@pytest.mark.parametrize("verb", ["inspect", "dump-graph", "build"])
+def test_the_command_line_says_it_in_one_line(verb: str, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from pelton.cli.main import pelton
+
+    folder = tmp_path / "m"
+    shutil.copytree(model("Llama", "gptq-4")[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "hqq"
+    (folder / "config.json").write_text(json.dumps(config))
+    result = CliRunner().invoke(pelton, [verb, str(folder)])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: quantization method 'hqq' is not supported; use a model in gptq, awq, compressed-tensors, fp8, mxfp4, "
+        "or a GGUF file\n"
+    )
