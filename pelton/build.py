@@ -14,14 +14,16 @@ from typing import Any
 
 from .backends.base import Executor, KVSpec
 from .checkpoint import Checkpoint, open_checkpoint, resolve_model
+from .checkpoint.quantized_hf import zero_biases
 from .config import EngineConfig
 from .errors import CheckpointError, OutOfMemoryError, PeltonError, RequestError, TokenizerError
-from .graph import F16, Graph
+from .graph import F16, Graph, GroupQuant
 from .ledger import Ledger, available_memory, human
 from .models import create
 from .nn import trace
 from .passes import bind_types, run_passes
 from .program import Program, lower
+from .quantize import QUANTIZATIONS, fitting, weight_type
 
 #: Where configs say how long a context the model was trained for.
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
@@ -119,8 +121,9 @@ def bound_graph(config: EngineConfig, checkpoint: Checkpoint) -> Graph:
         raise CheckpointError(
             f"the config of this {checkpoint.architecture} contradicts itself ({error})", "check config.json"
         ) from error
-    stored = {name: tensor.type for name, tensor in checkpoint.tensors.items()}
-    return bind_types(graph, stored, config.dtype, config.kv_cache_dtype)
+    needless = zero_biases(checkpoint.tensors, {n.name for n in graph.leaves("weight")})
+    stored = {name: tensor.type for name, tensor in checkpoint.tensors.items() if name not in needless}
+    return bind_types(graph, stored, config.dtype, config.kv_cache_dtype, config.quantization)
 
 
 def plan(config: EngineConfig) -> Plan:
@@ -140,9 +143,10 @@ def plan(config: EngineConfig) -> Plan:
             f"max_model_len {config.max_model_len} exceeds the {context} tokens the model was trained for",
             f"choose at most {context}",
         )
-    notes = []
+    notes = list(checkpoint.notes)
     if config.dtype == "auto" and any(t.type.dtype == F16 for t in checkpoint.tensors.values()):
         notes.append("f16 weights run as bf16, which rounds them to 8 bits; dtype='f32' keeps all 11")
+    notes += _fallback_notes(config, graph)
     limits = {"T": config.max_num_batched_tokens, "S": config.max_num_seqs, "N": config.max_num_seqs}
     program = lower(graph, limits, config.max_model_len or context)
     sizes: dict[str, int] = {}
@@ -172,6 +176,18 @@ def plan(config: EngineConfig) -> Plan:
     threads = config.threads or usable_cores()
     isa = choose_isa(config.isa)
     return Plan(config, checkpoint, graph, program, kv_spec, ledger, available, vocab, isa, threads, tuple(notes))
+
+
+def _fallback_notes(config: EngineConfig, graph: Graph) -> list[str]:
+    """Which layers got another type than was asked for, because their rows are no whole groups."""
+    if config.quantization is None:
+        return []
+    type = weight_type(config.quantization)
+    widths = {int(w.tensor.shape[1]) for w in graph.leaves("weight") if isinstance(w.tensor.dtype, GroupQuant)}
+    return [
+        f"rows of {cols} are no whole groups of {type.group_size}: layers with such inputs run as {fitting(type, cols)}"
+        for cols in sorted(widths) if fitting(type, cols) != type
+    ]  # fmt: skip
 
 
 def _kv_spec(config: EngineConfig, context: int, block_bytes: int, free: int) -> KVSpec:
@@ -288,6 +304,9 @@ def _check(config: EngineConfig) -> None:
         value = getattr(config, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise PeltonError(f"{name} is {value!r}", "give a whole number from 1, or leave it out")
+    if config.quantization not in (None, *QUANTIZATIONS):
+        remedy = f"choose one of {', '.join(QUANTIZATIONS)}, or leave it out"
+        raise PeltonError(f"quantization is {config.quantization!r}", remedy)
     for name, allowed in (("device", ("cpu", "reference")), ("dtype", ("auto", "f32", "bf16")),
                           ("kv_cache_dtype", ("auto", "f32", "bf16"))):  # fmt: skip
         if getattr(config, name) not in allowed:

@@ -92,6 +92,7 @@ class EngineConfig:
     model: str = ""  # folder, .gguf file or hub id; empty: the demo model
     device: Literal["cpu", "reference"] = "cpu"
     dtype: Literal["auto", "f32", "bf16"] = "auto"  # of weights that are not quantized; auto: as stored
+    quantization: Literal["int8", "int4", "fp8", "nvfp4"] | None = None  # of linear layers, as they are loaded
     kv_cache_dtype: KVDType = "auto"  # auto: f32 for an f32 model, bf16 otherwise
     max_model_len: int | None = None  # tokens; None: what the model allows and memory holds
     max_num_seqs: int = 64  # sequences in one step

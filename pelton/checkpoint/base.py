@@ -35,6 +35,7 @@ class Checkpoint:
     tensors: by Hugging Face name.
     files: every file that holds weights, for the content hash of the packed-weight cache.
     gguf_metadata: the key-value section of a GGUF file, from which the tokenizer is rebuilt.
+    notes: what is read differently than its files say.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class Checkpoint:
     tensors: Mapping[str, LazyTensor]
     files: tuple[Path, ...]
     gguf_metadata: Mapping[str, Any] | None = field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def architecture(self) -> str:

@@ -1,7 +1,8 @@
 """GGML tensor types: one row per type with its block size, its element type and its decoder.
 
 Source: the block layouts of ggml (``ggml-common.h``), as documented by the ``gguf`` package. Natively
-decoded types lose nothing: ``scale * code + minimum`` is the same float32 arithmetic that ggml does.
+decoded types lose nothing: scales and minima stay in the type of the file, and ``scale * code + minimum`` is
+the same float32 arithmetic that ggml does.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import CheckpointError
-from ..graph.quantized import Array, HostTensor, QuantizedArray
-from ..graph.types import BF16, F16, F32, I32, DType, ElementType, GroupQuant, TensorType
+from ..graph.quantized import SCALE_ARRAYS, Array, HostTensor, QuantizedArray
+from ..graph.types import BF16, E4M3, E8M0, F16, F32, I8, I32, ROW, U8, DType, ElementType, GroupQuant, TensorType
 
-#: uint8 [n, block_bytes] -> codes uint8 [n, block_size], scales and minima [n, block_size / group_size].
-Decoder: TypeAlias = "Callable[[Array], tuple[Array, Array, Array | None]]"
+#: uint8 [n, block_bytes] -> the parts of a QuantizedArray: codes uint8 [n, block_size], scales and minima
+#: [n, block_size / group_size], outer scales and outer minima [n, block_size / outer]; None for what the type lacks.
+Decoder: TypeAlias = "Callable[[Array], tuple[Array | None, ...]]"
 
 #: Codes decoded at a time: the temporaries of one chunk stay in the second-level cache.
 _CHUNK_CODES = 1 << 18
@@ -75,24 +77,25 @@ def _decode_blocks(kind: BlockType, decode: Decoder, raw: Array, rows: int, cols
     quant = kind.element
     assert isinstance(quant, GroupQuant)
     blocks = raw.reshape(-1, kind.block_bytes)
-    groups = kind.block_size // quant.group_size
-    real = np.float16 if quant.scale == F16 else np.float32
-    codes = np.empty((len(blocks), kind.block_size), np.uint8)
-    scale = np.empty((len(blocks), groups), real)
-    minimum = np.empty((len(blocks), groups), real) if quant.minimum else None
-    step = max(1, _CHUNK_CODES // kind.block_size)
+    size, groups, outer = kind.block_size, kind.block_size // quant.group_size, quant.outer
+    real: Any = SCALE_ARRAYS[quant.scale]
+    parts: list[Array | None] = [
+        np.empty((len(blocks), size), np.uint8),
+        np.empty((len(blocks), groups), real),
+        np.empty((len(blocks), groups), real) if quant.minimum else None,
+        np.empty((len(blocks), size // outer), np.float16) if outer else None,
+        np.empty((len(blocks), size // outer), np.float16) if outer and quant.minimum else None,
+    ]
+    step = max(1, _CHUNK_CODES // size)
     for start in range(0, len(blocks), step):
         part = slice(start, start + step)
-        codes[part], scale[part], minima = decode(blocks[part])
-        if minimum is not None:
-            minimum[part] = minima
-    shape = (rows, cols // quant.group_size)
-    return QuantizedArray(
-        codes.reshape(rows, cols),
-        scale.reshape(shape),
-        None if minimum is None else minimum.reshape(shape),
-        quant,
-    )
+        for whole, piece in zip(parts, decode(blocks[part]), strict=False):
+            if whole is not None:
+                whole[part] = piece
+    shaped = [None if p is None else p.reshape(rows, cols // size * p.shape[1]) for p in parts]
+    if outer == ROW:
+        shaped[3] = np.ones((rows, 1), np.float32)  # no type of ggml has a factor per row
+    return QuantizedArray.of(shaped, quant)
 
 
 def _decode_with_library(kind: BlockType, raw: Array, shape: tuple[int, ...]) -> Array:
@@ -127,11 +130,11 @@ def _planes(data: Array, run: int, bits: int) -> Array:
     return planes.reshape(len(data), -1)
 
 
-def _q4_0(b: Array) -> tuple[Array, Array, Array | None]:
-    return _planes(b[:, 2:], 16, 4), _half(b, 0), None
+def _q4_0(b: Array) -> tuple[Array | None, ...]:
+    return _planes(b[:, 2:], 16, 4), _half(b, 0)
 
 
-def _q4_1(b: Array) -> tuple[Array, Array, Array | None]:
+def _q4_1(b: Array) -> tuple[Array | None, ...]:
     return _planes(b[:, 4:], 16, 4), _half(b, 0), _half(b, 2)
 
 
@@ -139,38 +142,33 @@ def _fifth_bits(b: Array) -> Array:
     return np.unpackbits(np.ascontiguousarray(b), axis=1, bitorder="little") << np.uint8(4)
 
 
-def _q5_0(b: Array) -> tuple[Array, Array, Array | None]:
-    return _planes(b[:, 6:], 16, 4) | _fifth_bits(b[:, 2:6]), _half(b, 0), None
+def _q5_0(b: Array) -> tuple[Array | None, ...]:
+    return _planes(b[:, 6:], 16, 4) | _fifth_bits(b[:, 2:6]), _half(b, 0)
 
 
-def _q5_1(b: Array) -> tuple[Array, Array, Array | None]:
+def _q5_1(b: Array) -> tuple[Array | None, ...]:
     return _planes(b[:, 8:], 16, 4) | _fifth_bits(b[:, 4:8]), _half(b, 0), _half(b, 2)
 
 
-def _q8_0(b: Array) -> tuple[Array, Array, Array | None]:
-    return b[:, 2:] ^ np.uint8(0x80), _half(b, 0), None  # int8 x -> code x + 128
+def _q8_0(b: Array) -> tuple[Array | None, ...]:
+    return b[:, 2:] ^ np.uint8(0x80), _half(b, 0)  # int8 x -> code x + 128
 
 
-def _scaled(d: Array, factors: Array) -> Array:
-    """float32 super-block scale times integer group scales, as ggml multiplies them."""
-    with np.errstate(invalid="ignore"):  # damaged scales may be NaN or infinite; the values then are, too
-        product: Array = d.astype(np.float32) * factors.astype(np.float32)
-    return product
+# The types with super-blocks subtract their minima: the factor of those is negated, which is exact.
 
 
-def _q2_k(b: Array) -> tuple[Array, Array, Array | None]:
+def _q2_k(b: Array) -> tuple[Array | None, ...]:
     packed = b[:, :16]
-    scale = _scaled(_half(b, 80), packed & np.uint8(15))
-    return _planes(b[:, 16:80], 32, 2), scale, -_scaled(_half(b, 82), packed >> np.uint8(4))
+    return _planes(b[:, 16:80], 32, 2), packed & np.uint8(15), packed >> np.uint8(4), _half(b, 80), -_half(b, 82)
 
 
-def _q3_k(b: Array) -> tuple[Array, Array, Array | None]:
+def _q3_k(b: Array) -> tuple[Array | None, ...]:
     low = _planes(b[:, 96:104], 8, 4)
     high = _planes(b[:, 104:108], 4, 2)
     factors = (low | (high << np.uint8(4))).astype(np.int8) - np.int8(32)
     # A clear bit in the mask means "minus 4", so the set bit is the third bit of an unsigned code.
     codes = _planes(b[:, 32:96], 32, 2) | (_planes(b[:, :32], 32, 1) << np.uint8(2))
-    return codes, _scaled(_half(b, 108), factors), None
+    return codes, factors, None, _half(b, 108)
 
 
 def _six_bit_pairs(b: Array) -> tuple[Array, Array]:
@@ -182,21 +180,29 @@ def _six_bit_pairs(b: Array) -> tuple[Array, Array]:
     return np.concatenate([first & six, scale_tail], 1), np.concatenate([second & six, minimum_tail], 1)
 
 
-def _q4_k(b: Array) -> tuple[Array, Array, Array | None]:
-    scales, minima = _six_bit_pairs(b[:, 4:16])
-    return _planes(b[:, 16:], 32, 4), _scaled(_half(b, 0), scales), -_scaled(_half(b, 2), minima)
+def _q4_k(b: Array) -> tuple[Array | None, ...]:
+    return _planes(b[:, 16:], 32, 4), *_six_bit_pairs(b[:, 4:16]), _half(b, 0), -_half(b, 2)
 
 
-def _q5_k(b: Array) -> tuple[Array, Array, Array | None]:
-    scales, minima = _six_bit_pairs(b[:, 4:16])
+def _q5_k(b: Array) -> tuple[Array | None, ...]:
     codes = _planes(b[:, 48:], 32, 4) | (_planes(b[:, 16:48], 32, 1) << np.uint8(4))
-    return codes, _scaled(_half(b, 0), scales), -_scaled(_half(b, 2), minima)
+    return codes, *_six_bit_pairs(b[:, 4:16]), _half(b, 0), -_half(b, 2)
 
 
-def _q6_k(b: Array) -> tuple[Array, Array, Array | None]:
+def _q6_k(b: Array) -> tuple[Array | None, ...]:
     codes = _planes(b[:, :128], 64, 4) | (_planes(b[:, 128:192], 32, 2) << np.uint8(4))
-    factors = np.ascontiguousarray(b[:, 192:208]).view(np.int8)
-    return codes, _scaled(_half(b, 208), factors), None
+    return codes, np.ascontiguousarray(b[:, 192:208]).view(np.int8), None, _half(b, 208)
+
+
+def _mxfp4(b: Array) -> tuple[Array | None, ...]:
+    # ggml's table has doubled values and its exponent halves them: the product is that of the OCP specification.
+    return _planes(b[:, 1:], 16, 4), b[:, :1].view(SCALE_ARRAYS[E8M0])
+
+
+def _nvfp4(b: Array) -> tuple[Array | None, ...]:
+    scale = b[:, :4] & np.uint8(0x7F)  # unsigned; 0x7F, NaN in E4M3, is 0 to ggml
+    scale[scale == 0x7F] = 0
+    return _planes(b[:, 4:], 8, 4), scale.view(SCALE_ARRAYS[E4M3])
 
 
 #: By the type number in the file. A type that is absent here cannot be sized, so its file is refused.
@@ -209,11 +215,11 @@ GGML_TYPES: dict[int, BlockType] = {
     7: BlockType("Q5_1", 32, 24, GroupQuant(5, 32, True, F16), decode=_q5_1),
     8: BlockType("Q8_0", 32, 34, GroupQuant(8, 32, False, F16), decode=_q8_0),
     9: BlockType("Q8_1", 32, 40),
-    10: BlockType("Q2_K", 256, 84, GroupQuant(2, 16, True, F32), decode=_q2_k),
-    11: BlockType("Q3_K", 256, 110, GroupQuant(3, 16, False, F32), decode=_q3_k),
-    12: BlockType("Q4_K", 256, 144, GroupQuant(4, 32, True, F32), decode=_q4_k),
-    13: BlockType("Q5_K", 256, 176, GroupQuant(5, 32, True, F32), decode=_q5_k),
-    14: BlockType("Q6_K", 256, 210, GroupQuant(6, 16, False, F32), decode=_q6_k),
+    10: BlockType("Q2_K", 256, 84, GroupQuant(2, 16, True, U8, outer=256), decode=_q2_k),
+    11: BlockType("Q3_K", 256, 110, GroupQuant(3, 16, False, I8, outer=256), decode=_q3_k),
+    12: BlockType("Q4_K", 256, 144, GroupQuant(4, 32, True, U8, outer=256), decode=_q4_k),
+    13: BlockType("Q5_K", 256, 176, GroupQuant(5, 32, True, U8, outer=256), decode=_q5_k),
+    14: BlockType("Q6_K", 256, 210, GroupQuant(6, 16, False, I8, outer=256), decode=_q6_k),
     15: BlockType("Q8_K", 256, 292),
     16: BlockType("IQ2_XXS", 256, 66),
     17: BlockType("IQ2_XS", 256, 74),
@@ -232,7 +238,7 @@ GGML_TYPES: dict[int, BlockType] = {
     30: BlockType("BF16", 1, 2, BF16, np.dtype(ml_dtypes.bfloat16)),
     34: BlockType("TQ1_0", 256, 54),
     35: BlockType("TQ2_0", 256, 66),
-    39: BlockType("MXFP4", 32, 17),
-    40: BlockType("NVFP4", 64, 36),
+    39: BlockType("MXFP4", 32, 17, GroupQuant(4, 32, scale=E8M0, floating=True), decode=_mxfp4),
+    40: BlockType("NVFP4", 64, 36, GroupQuant(4, 16, scale=E4M3, floating=True, outer=ROW), decode=_nvfp4),
     41: BlockType("Q1_0", 128, 18),
 }

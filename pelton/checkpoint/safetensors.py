@@ -24,6 +24,7 @@ from ..graph.quantized import Array
 from ..graph.types import BF16, F16, F32, I32, DType, TensorType
 from .base import Checkpoint, LazyTensor
 from .mapped import map_file
+from .quantized_hf import convert_quantized
 
 _MAX_HEADER = 100_000_000  # bytes; the limit that the reference implementation sets
 _MAX_DIMS = 16
@@ -34,13 +35,14 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _DAMAGED = "the file is damaged: download it again"
 _SHARD_NAME = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
 
-#: Element types by their name in the file. Codes of GPTQ, AWQ and FP8 checkpoints are read as they are.
+#: Element types by their name in the file. What codes mean is the business of quantized_hf.
 _DTYPES: dict[str, tuple[DType, np.dtype[Any]]] = {
     "F32": (F32, np.dtype("<f4")),
     "F16": (F16, np.dtype("<f2")),
     "BF16": (BF16, np.dtype(ml_dtypes.bfloat16)),
     "F64": (DType("f64", 64), np.dtype("<f8")),
     "F8_E4M3": (DType("f8_e4m3", 8), np.dtype(ml_dtypes.float8_e4m3fn)),
+    "F8_E8M0": (DType("f8_e8m0", 8), np.dtype(ml_dtypes.float8_e8m0fnu)),
     "F8_E5M2": (DType("f8_e5m2", 8), np.dtype(ml_dtypes.float8_e5m2)),
     "I64": (DType("i64", 64), np.dtype("<i8")),
     "I32": (I32, np.dtype("<i4")),
@@ -97,7 +99,8 @@ def open_folder(folder: Path) -> Checkpoint:
             if full_name in tensors:
                 raise CheckpointError(f"{path}: tensor {full_name!r} appears twice in this model", _DAMAGED)
             tensors[full_name] = _lazy(full_name, data, entries[name])
-    return Checkpoint(folder, "safetensors", config, generation, tensors, tuple(files))
+    tensors, notes = convert_quantized(config, tensors)
+    return Checkpoint(folder, "safetensors", config, generation, tensors, tuple(files), notes=notes)
 
 
 def read_safetensors(path: Path) -> tuple[mmap.mmap, dict[str, TensorEntry]]:

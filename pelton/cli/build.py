@@ -12,9 +12,10 @@ from . import options
 @click.command(short_help="Pack a model's weights ahead of time.")
 @options.model
 @options.dtype
+@options.quantization
 @options.isa
 @options.threads
-def build(model: str, dtype: str, isa: str | None, threads: int | None) -> None:
+def build(model: str, dtype: str, quantization: str | None, isa: str | None, threads: int | None) -> None:
     """Pack a model's weights for this machine now, so that the next start is instant.
 
     The same happens by itself at the first run. Packed weights lie under PELTON_CACHE (default
@@ -25,6 +26,7 @@ def build(model: str, dtype: str, isa: str | None, threads: int | None) -> None:
     Examples:
       pelton build
       pelton build Qwen/Qwen3-0.6B --dtype bf16
+      pelton build Qwen/Qwen3-0.6B --quantization int8
     """
     from ..build import build as build_model
     from ..config import EngineConfig
@@ -43,7 +45,9 @@ def build(model: str, dtype: str, isa: str | None, threads: int | None) -> None:
             progress(done, total)
 
         # One sequence: how many run later changes no weight, and less memory is asked for.
-        config = EngineConfig(model=model, dtype=dtype, threads=threads, isa=isa, max_num_seqs=1)  # type: ignore[arg-type]
+        config = EngineConfig(
+            model=model, dtype=dtype, quantization=quantization, threads=threads, isa=isa, max_num_seqs=1  # type: ignore[arg-type]
+        )  # fmt: skip
         built = build_model(config, note)
     ledger = built.plan.ledger
     built.close()

@@ -12,8 +12,11 @@ from . import options
 @click.option("--after", metavar="STAGE", help="Stop after this stage. Default: after the last pass.")
 @options.max_num_seqs
 @options.dtype
+@options.quantization
 @options.kv_cache_dtype
-def dump_graph(model: str, after: str | None, max_num_seqs: int, dtype: str, kv_cache_dtype: str) -> None:
+def dump_graph(
+    model: str, after: str | None, max_num_seqs: int, dtype: str, quantization: str | None, kv_cache_dtype: str
+) -> None:
     """Print a model's graph as text: one operation per line, with types. It parses back.
 
     \b
@@ -39,7 +42,10 @@ def dump_graph(model: str, after: str | None, max_num_seqs: int, dtype: str, kv_
     from ..passes import PIPELINE, run_passes
     from ..program import print_program
 
-    config = EngineConfig(model=model, max_num_seqs=max_num_seqs, dtype=dtype, kv_cache_dtype=kv_cache_dtype)  # type: ignore[arg-type]
+    config = EngineConfig(
+        model=model, max_num_seqs=max_num_seqs, dtype=dtype, quantization=quantization,  # type: ignore[arg-type]
+        kv_cache_dtype=kv_cache_dtype,  # type: ignore[arg-type]
+    )  # fmt: skip
     stages = ["trace", *(p.name for p in PIPELINE), "program"]
     if after is not None and after not in stages:
         raise PeltonError(f"there is no stage {after!r}", f"choose one of {', '.join(stages)}")

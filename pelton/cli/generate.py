@@ -43,13 +43,8 @@ SAMPLING_KEYS = tuple(f.name for f in fields(SamplingParams))
 @click.option("--top-k", type=int, help="For lines without their own.")
 @click.option("--max-tokens", type=int, help="For lines without their own.")
 @click.option("--seed", type=int, default=0, help="Each line's seed comes from it, unless it has its own.")
-@options.max_model_len
 @options.max_num_seqs
-@options.dtype
-@options.kv_cache_dtype
-@options.isa
-@options.threads
-@options.device
+@options.loading
 @click.option("--token-ids", is_flag=True, help="Write token_ids of the answers, too.")
 @click.option("--overwrite", is_flag=True, help="Start anew if the output exists.")
 def generate(
@@ -57,15 +52,10 @@ def generate(
     input: Path,
     output: Path,
     seed: int,
-    max_model_len: int | None,
     max_num_seqs: int,
-    dtype: str,
-    kv_cache_dtype: str,
-    isa: str | None,
-    threads: int | None,
-    device: str,
     token_ids: bool,
     overwrite: bool,
+    engine: dict[str, Any],
     **defaults: Any,
 ) -> None:
     """Answer a file of prompts. A run that was killed goes on with the same command.
@@ -95,10 +85,7 @@ def generate(
         "model": model,
         "sampling": given,
         "seed": seed,
-        "max_model_len": max_model_len,
-        "dtype": dtype,
-        "kv_cache_dtype": kv_cache_dtype,
-        "device": device,
+        **{name: value for name, value in engine.items() if name not in ("isa", "threads")},
         "token_ids": token_ids,
     }
     with _opened(output, made_from, overwrite) as (sink, done):
@@ -117,10 +104,7 @@ def generate(
         from .progress import packing_progress
 
         with packing_progress() as progress:
-            llm = LLM(
-                model, progress=progress, max_num_seqs=max_num_seqs, max_model_len=max_model_len, dtype=dtype,
-                kv_cache_dtype=kv_cache_dtype, isa=isa, threads=threads, device=device,
-            )  # fmt: skip
+            llm = LLM(model, progress=progress, max_num_seqs=max_num_seqs, **engine)
         with llm:
             refused = _answer(llm, missing, len(tasks), sink, token_ids)
     if refused:

@@ -17,10 +17,17 @@ from . import options
 @options.max_model_len
 @options.max_num_seqs
 @options.dtype
+@options.quantization
 @options.kv_cache_dtype
 @options.as_json
 def inspect(
-    model: str, max_model_len: int | None, max_num_seqs: int, dtype: str, kv_cache_dtype: str, as_json: bool
+    model: str,
+    max_model_len: int | None,
+    max_num_seqs: int,
+    dtype: str,
+    quantization: str | None,
+    kv_cache_dtype: str,
+    as_json: bool,
 ) -> None:
     """Show a model's config, its parameters by type, and the memory it would need.
 
@@ -31,6 +38,7 @@ def inspect(
     Examples:
       pelton inspect
       pelton inspect Qwen/Qwen3-0.6B --max-model-len 8192 --max-num-seqs 16
+      pelton inspect Qwen/Qwen3-0.6B --quantization int4
       pelton inspect model.gguf --json
     """
     from ..build import plan, trained_context
@@ -40,13 +48,16 @@ def inspect(
     planned = plan(
         EngineConfig(
             model=model, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
-            dtype=dtype, kv_cache_dtype=kv_cache_dtype,  # type: ignore[arg-type]
+            dtype=dtype, quantization=quantization, kv_cache_dtype=kv_cache_dtype,  # type: ignore[arg-type]
         )
     )  # fmt: skip
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
+    runs_as: Counter[str] = Counter()
     for leaf in planned.graph.leaves("weight"):
-        stored = planned.checkpoint.tensors[leaf.name]
+        runs_as[str(leaf.tensor.dtype)] += math.prod(int(d) for d in leaf.tensor.shape)
+    for name in {leaf.name: None for leaf in planned.graph.leaves("weight")}:  # a tied weight may have two leaves
+        stored = planned.checkpoint.tensors[name]
         counts[str(stored.type.dtype)] += math.prod(int(d) for d in stored.type.shape)
         sizes[str(stored.type.dtype)] += stored.nbytes
     ledger = planned.ledger
@@ -59,6 +70,7 @@ def inspect(
         "config": fields,
         "parameters": dict(counts),
         "stored_bytes": dict(sizes),
+        "runs_as": dict(runs_as),
         "kv_cache_types": dict(caches),
         "trained_context": trained_context(planned.checkpoint.config),
         "max_model_len": planned.kv_spec.max_model_len,
@@ -85,6 +97,8 @@ def _print(result: dict[str, Any], ledger: list[tuple[str, int, str]]) -> None:
     rows = [(kind, f"{counts[kind]:,}", human(sizes[kind])) for kind in counts]
     total = ("in all", f"{sum(counts.values()):,}", human(sum(sizes.values())))
     print_table("parameters", [("type", "number", "stored"), *rows, total], "lrr")
+    if dict(result["runs_as"]) != counts:
+        print_table("they run as", [(kind, f"{count:,}") for kind, count in result["runs_as"].items()], "lr")
     caches = [(kind, f"{layers} layers") for kind, layers in result["kv_cache_types"].items()]
     print_table("KV cache", caches)
     memory = [(name, human(size), remark) for name, size, remark in ledger]

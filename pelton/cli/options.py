@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -48,6 +49,13 @@ dtype = click.option(
     default="auto",
     help="Type of weights that are not quantized; auto: as stored.",
 )
+quantization = click.option(
+    "--quantization",
+    type=click.Choice(["int8", "int4", "fp8", "nvfp4"]),
+    help="Round the linear layers of an f32, f16 or bf16 model as it is loaded: int8 and fp8 take half the memory of "
+    "bf16 and change little, int4 and nvfp4 take a third of it and cost some quality (the output layer is int8 in "
+    "all). A file that was quantized with data (GPTQ, AWQ, GGUF) is better at 4 bits.",
+)
 kv_cache_dtype = click.option(
     "--kv-cache-dtype",
     type=click.Choice(["auto", "f32", "bf16"]),
@@ -61,3 +69,21 @@ device = click.option(
     help="cpu, or the slow interpreter that everything is checked against.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+
+#: What the verbs that run a model have in common, in the order of the help.
+_LOADING = {
+    "max_model_len": max_model_len, "dtype": dtype, "quantization": quantization, "kv_cache_dtype": kv_cache_dtype,
+    "isa": isa, "threads": threads, "device": device,
+}  # fmt: skip
+
+
+def loading(command: Callable[..., Any]) -> Callable[..., Any]:
+    """All options of how a model is loaded. The command gets them as ``engine``, fields of an EngineConfig."""
+
+    @functools.wraps(command)
+    def with_engine(**arguments: Any) -> Any:
+        return command(engine={name: arguments.pop(name) for name in _LOADING}, **arguments)
+
+    for option in reversed(_LOADING.values()):
+        option(with_engine)
+    return with_engine

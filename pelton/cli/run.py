@@ -50,12 +50,7 @@ SETTABLE = tuple(f.name for f in fields(SamplingParams) if f.name != "n")
 @click.option("--max-tokens", type=int, default=1024, help="Longest answer, in tokens.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends the answer; may be repeated.")
 @click.option("--seed", type=int, help="Same seed, same answer.")
-@options.max_model_len
-@options.dtype
-@options.kv_cache_dtype
-@options.isa
-@options.threads
-@options.device
+@options.loading
 @click.option("--stats/--no-stats", default=True, help="Print a line of statistics to stderr.")
 def run(
     model: str,
@@ -64,12 +59,7 @@ def run(
     chat: bool,
     stop: tuple[str, ...],
     stats: bool,
-    max_model_len: int | None,
-    dtype: str,
-    kv_cache_dtype: str,
-    isa: str | None,
-    threads: int | None,
-    device: str,
+    engine: dict[str, Any],
     **sampling: Any,
 ) -> None:
     """Chat with a model in the terminal, or answer once: with -p, or with a prompt from a pipe.
@@ -92,10 +82,7 @@ def run(
     from .progress import packing_progress
 
     with packing_progress() as progress:
-        llm = LLM(
-            model, progress=progress, max_num_seqs=1, max_model_len=max_model_len, dtype=dtype,
-            kv_cache_dtype=kv_cache_dtype, isa=isa, threads=threads, device=device,
-        )  # fmt: skip
+        llm = LLM(model, progress=progress, max_num_seqs=1, **engine)
     with llm:
         if chat and llm.tokenizer is not None and llm.tokenizer.chat_template is None:
             print("note: the model has no chat template, its raw text goes on (as with --no-chat)", file=sys.stderr)

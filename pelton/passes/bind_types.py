@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 
 from ..errors import CheckpointError
-from ..graph import BF16, F16, F32, CacheType, DType, Graph, GroupQuant, Node, TensorType, make, rewrite
+from ..graph import BF16, F16, F32, CacheType, DType, Graph, GroupQuant, Node, TensorType, make, replace, rewrite
+from ..quantize import fitting, weight_type
 
 #: What old checkpoints keep beside their weights: masks, rope frequencies, a second copy of tied weights.
 _BUFFERS = re.compile(r"(^lm_head\.weight|rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$")
@@ -14,17 +15,23 @@ _CACHES = {"f32": F32, "bf16": BF16}
 
 
 def bind_types(
-    graph: Graph, stored: Mapping[str, TensorType], dtype: str = "auto", kv_cache_dtype: str = "auto"
+    graph: Graph,
+    stored: Mapping[str, TensorType],
+    dtype: str = "auto",
+    kv_cache_dtype: str = "auto",
+    quantization: str | None = None,
 ) -> Graph:
     """Before: every weight and cache is f32. After: weights have their stored type, caches one type.
 
     dtype: "f32" or "bf16" changes the type of weights that are not quantized; "auto" keeps it, except
     that f16 runs as bf16, the 16-bit type that CPUs multiply. kv_cache_dtype "auto" is f32 where all
-    matrices are f32, bf16 otherwise.
+    matrices are f32, bf16 otherwise. quantization gives the weights of linear layers a quantized type; a
+    table that is looked up, too, keeps its own, so a tied weight then has two leaves.
 
     Raises:
         CheckpointError: a weight is missing, has another shape than the model needs, or a type that
-            nothing computes with; or there are weights that the model does not use.
+            nothing computes with; there are weights that the model does not use; or quantization is asked
+            for and the checkpoint is quantized.
     """
     for node in graph.leaves("weight"):
         have = stored.get(node.name)
@@ -48,16 +55,36 @@ def bind_types(
         for n in graph.leaves("weight")
     }
     matrices = {t.dtype for t in bound.values() if len(t.shape) > 1}
-    cache = _CACHES.get(kv_cache_dtype, F32 if matrices <= {F32} else BF16)
+    cache = _CACHES.get(kv_cache_dtype, F32 if matrices <= {F32} and quantization is None else BF16)
+    already = next((d for d in sorted(matrices, key=str) if isinstance(d, GroupQuant)), None)
+    if quantization is not None and already is not None:
+        raise CheckpointError(
+            f"the checkpoint is quantized already ({already})", f"leave out quantization={quantization!r}"
+        )
+    head = graph.outputs[0]
+    while head.op not in ("linear", "input", "weight"):
+        head = head.inputs[0]
 
     def rule(node: Node, new: Callable[[Node], Node]) -> Node | None:
         if node.op == "weight":
             return make("weight", type=bound[node.name], name=node.name)
         if isinstance(node.type, CacheType) and node.op == "input":
             return make("input", type=CacheType(node.type.num_kv_heads, node.type.head_dim, cache), name=node.name)
+        if quantization is not None and node.op == "linear":
+            x, w, *bias = node.inputs
+            return make("linear", new(x), _quantized(w, weight_type(quantization, head=node is head)), *map(new, bias))
         return None
 
     return rewrite(graph, rule)
+
+
+def _quantized(w: Node, type: GroupQuant) -> Node:
+    """The weight expression of a linear layer in a quantized type. Rows are quantized as products read them."""
+    if w.op == "permute_rows":
+        return replace(w, (_quantized(w.inputs[0], type),))
+    leaf, attrs = (w.inputs[0], {"transposed": True}) if w.op == "transpose" else (w, {})
+    bound = TensorType(w.tensor.shape, fitting(type, int(w.tensor.shape[1])))
+    return make("weight", type=bound, name=leaf.name, **attrs)
 
 
 def _bound_type(name: str, stored: DType | GroupQuant, dtype: str) -> DType | GroupQuant:

@@ -44,7 +44,8 @@ def _operand(operand: Operand | None) -> str:
 
 def _expression(node: Node) -> str:
     if node.op == "weight":
-        return f"weight({node.name!r}, {str(node.type)!r})"
+        transposed = ", transposed=True" if node.attrs.get("transposed") else ""
+        return f"weight({node.name!r}, {str(node.type)!r}{transposed})"
     args = [_expression(i) for i in node.inputs] + [f"{k}={v!r}" for k, v in sorted(node.attrs.items())]
     return f"{node.op}({', '.join(args)})"
 
@@ -104,10 +105,10 @@ def _parse_constant(value: str, _: str) -> Constant:
 
 def _parse_expression(tree: ast.expr) -> Node:
     assert isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name)
+    attrs = {str(k.arg): ast.literal_eval(k.value) for k in tree.keywords}
     if tree.func.id == "weight":
         name, type_text = (ast.literal_eval(a) for a in tree.args)
-        return make("weight", type=parse_type(type_text), name=name)
-    attrs = {str(k.arg): ast.literal_eval(k.value) for k in tree.keywords}
+        return make("weight", type=parse_type(type_text), name=name, **attrs)
     return make(tree.func.id, *map(_parse_expression, tree.args), **attrs)
 
 

@@ -58,6 +58,7 @@ SCALES_AT = {
     Kind.TQ1_0: (52,),
     Kind.TQ2_0: (64,),
     Kind.MXFP4: (),
+    Kind.NVFP4: (),
 }
 
 
@@ -69,6 +70,10 @@ def random_blocks(kind: Kind, shape: tuple[int, ...], seed: int = 0) -> np.ndarr
     raw = rng.integers(0, 256, (count, size), dtype=np.uint8)
     for at in SCALES_AT[kind]:
         raw[:, at : at + 2] = rng.normal(0, 0.1, (count, 1)).astype(np.float16).view(np.uint8)
+    if kind == Kind.MXFP4:
+        raw[:, 0] %= 250  # beyond, values are infinite and NaN
+    if kind == Kind.NVFP4:
+        raw[:, :4] = np.minimum(raw[:, :4] & 0x7F, 0x7E)
     return raw.reshape(*shape[:-1], shape[-1] // block * size)
 
 

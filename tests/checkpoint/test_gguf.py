@@ -13,7 +13,7 @@ from pelton.checkpoint.gguf import read_gguf
 from pelton.checkpoint.gguf_names import row_order
 from pelton.errors import CheckpointError
 from pelton.graph.quantized import QuantizedArray
-from pelton.graph.types import BF16, F16, F32, GroupQuant
+from pelton.graph.types import BF16, F16, F32, U8, GroupQuant
 
 from .gguf_files import llama_metadata, random_blocks, write
 
@@ -172,7 +172,8 @@ def test_tensors_have_the_shape_type_and_values_that_were_written(tmp_path):
     )
     checkpoint = open_checkpoint(path)
     tensors = checkpoint.tensors
-    assert [str(t.type.dtype) for t in tensors.values()] == [str(x) for x in (F32, F16, BF16, GroupQuant(4, 32, True))]
+    want = [F32, F16, BF16, GroupQuant(4, 32, True, U8, outer=256)]
+    assert [t.type.dtype for t in tensors.values()] == want
     np.testing.assert_array_equal(tensors["f32"].read(), f32)
     np.testing.assert_array_equal(tensors["f16"].read(), f16)
     np.testing.assert_array_equal(tensors["bf16"].read().astype(np.float32), gguf.quants.dequantize(bf16, Kind.BF16))

@@ -8,8 +8,8 @@ from gguf import GGMLQuantizationType as Kind
 
 from pelton.checkpoint.gguf_blocks import GGML_TYPES, decode_tensor
 from pelton.errors import CheckpointError
-from pelton.graph.quantized import QuantizedArray
-from pelton.graph.types import F16, F32, GroupQuant
+from pelton.graph.quantized import SCALE_ARRAYS, QuantizedArray
+from pelton.graph.types import E4M3, E8M0, F16, F32, I8, ROW, U8, GroupQuant
 
 from .gguf_files import random_blocks
 
@@ -19,13 +19,15 @@ NATIVE = {
     Kind.Q5_0: GroupQuant(5, 32, False, F16),
     Kind.Q5_1: GroupQuant(5, 32, True, F16),
     Kind.Q8_0: GroupQuant(8, 32, False, F16),
-    Kind.Q2_K: GroupQuant(2, 16, True, F32),
-    Kind.Q3_K: GroupQuant(3, 16, False, F32),
-    Kind.Q4_K: GroupQuant(4, 32, True, F32),
-    Kind.Q5_K: GroupQuant(5, 32, True, F32),
-    Kind.Q6_K: GroupQuant(6, 16, False, F32),
+    Kind.Q2_K: GroupQuant(2, 16, True, U8, outer=256),
+    Kind.Q3_K: GroupQuant(3, 16, False, I8, outer=256),
+    Kind.Q4_K: GroupQuant(4, 32, True, U8, outer=256),
+    Kind.Q5_K: GroupQuant(5, 32, True, U8, outer=256),
+    Kind.Q6_K: GroupQuant(6, 16, False, I8, outer=256),
+    Kind.MXFP4: GroupQuant(4, 32, scale=E8M0, floating=True),
+    Kind.NVFP4: GroupQuant(4, 16, scale=E4M3, floating=True, outer=ROW),
 }
-BY_LIBRARY = [Kind.IQ4_NL, Kind.IQ4_XS, Kind.IQ2_XXS, Kind.IQ3_S, Kind.TQ1_0, Kind.TQ2_0, Kind.MXFP4]
+BY_LIBRARY = [Kind.IQ4_NL, Kind.IQ4_XS, Kind.IQ2_XXS, Kind.IQ3_S, Kind.TQ1_0, Kind.TQ2_0]
 
 
 def decode(kind, raw, shape):
@@ -45,7 +47,7 @@ def test_random_blocks_decode_to_exactly_the_values_of_the_library(kind):
     value = decode(kind, raw, shape)
     assert isinstance(value, QuantizedArray)
     assert value.type == NATIVE[kind] == GGML_TYPES[kind].tensor_type(shape).dtype
-    assert value.scale.dtype == (np.float16 if value.type.scale == F16 else np.float32)
+    assert value.scale.dtype == SCALE_ARRAYS[value.type.scale]
     assert value.codes.max() == 2**value.type.bits - 1
     np.testing.assert_array_equal(value.dequantize(), gguf.quants.dequantize(raw, kind))
 

@@ -43,8 +43,8 @@ def test_inspect_shows_config_parameters_and_memory(pelton, tiny):
 def test_inspect_as_json_has_stable_keys_and_a_ledger_that_adds_up(pelton, tiny):
     result = json.loads(pelton("inspect", tiny, "--json", "--kv-cache-dtype", "bf16").stdout)
     assert set(result) == {
-        "path", "format", "architecture", "config", "parameters", "stored_bytes", "kv_cache_types", "trained_context",
-        "max_model_len", "max_num_seqs", "ledger", "available", "fits", "notes",
+        "path", "format", "architecture", "config", "parameters", "stored_bytes", "runs_as", "kv_cache_types",
+        "trained_context", "max_model_len", "max_num_seqs", "ledger", "available", "fits", "notes",
     }  # fmt: skip
     ledger = result["ledger"]
     assert list(ledger) == ["weights", "lookup tables", "KV cache", "activations", "runtime", "total"]

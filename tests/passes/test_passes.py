@@ -294,6 +294,52 @@ def test_bind_types_gives_stored_types_and_one_cache_type() -> None:
     assert forced["w2"] == F32 and forced["w1"] == GroupQuant(4, 4, False)
 
 
+def test_bind_types_quantizes_products_and_leaves_tables_norms_and_biases() -> None:
+    graph = parse(
+        """
+        %i = input(name='i') : i32[T]
+        %t = weight(name='t') : f32[96, 64]
+        %x = embedding(%i, %t) : f32[T, 64]
+        %n = weight(name='n') : f32[64]
+        %y = rms_norm(%x, %n; eps=0.1, weight_offset=0.0) : f32[T, 64]
+        %w = weight(name='w') : f32[64, 32]
+        %wt = transpose(%w) : f32[32, 64]
+        %b = weight(name='b') : f32[32]
+        %z = linear(%y, %wt, %b) : f32[T, 32]
+        %u = weight(name='u') : f32[64, 32]
+        %up = permute_rows(%u; order=(1, 0), shape=(32, 2)) : f32[64, 32]
+        %v = linear(%z, %up) : f32[T, 64]
+        %h = linear(%v, %t) : f32[T, 96]
+        %c = softcap(%h; cap=3.0) : f32[T, 96]
+        return %c
+        """
+    )
+    shapes = {n.name: n.tensor for n in graph.leaves("weight")}
+    want = parse(
+        """
+        %i = input(name='i') : i32[T]
+        %t = weight(name='t') : f32[96, 64]
+        %x = embedding(%i, %t) : f32[T, 64]
+        %n = weight(name='n') : f32[64]
+        %y = rms_norm(%x, %n; eps=0.1, weight_offset=0.0) : f32[T, 64]
+        %wt = weight(name='w', transposed=True) : int4g32m:f16[32, 64]
+        %b = weight(name='b') : f32[32]
+        %z = linear(%y, %wt, %b) : f32[T, 32]
+        %u = weight(name='u') : int4g32m:f16[64, 32]
+        %up = permute_rows(%u; order=(1, 0), shape=(32, 2)) : int4g32m:f16[64, 32]
+        %v = linear(%z, %up) : f32[T, 64]
+        %q = weight(name='t') : int8g0:f32[96, 64]
+        %h = linear(%v, %q) : f32[T, 96]
+        %c = softcap(%h; cap=3.0) : f32[T, 96]
+        return %c
+        """
+    )
+    assert bind_types(graph, shapes, quantization="int4").outputs == want.outputs
+    quantized = {**shapes, "u": TensorType((64, 32), GroupQuant(4, 32))}
+    with pytest.raises(CheckpointError, match=r"quantized already \(int4g32:f32\); leave out quantization='int4'"):
+        bind_types(graph, quantized, quantization="int4")
+
+
 def test_bind_types_names_missing_and_misshapen_weights() -> None:
     graph = parse(CASES["merge_linears"][0])
     stored = {n: TensorType((6, 4), F32) for n in ("w1", "w2", "w3")}
