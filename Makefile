@@ -4,10 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo install test check lint format types bench sanitize clean
+.PHONY: help demo install test test-aarch64 check lint format types bench sanitize clean
 
 help: ## This list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,9 @@ demo: $(VENV)/.demo ## Answer a prompt with SmolLM2-135M-Instruct on this machin
 
 test: $(VENV)/.test ## Install what the tests need and run them all
 	$(BIN)/python -m pytest
+
+test-aarch64: $(VENV)/.test ## Kernel tests on 64-bit Arm, cross-compiled and emulated (Debian)
+	PYTHON=$(BIN)/python tools/aarch64.sh
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -6,6 +6,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+
+#include <cstdio>
 #endif
 
 namespace pelton::cpu {
@@ -29,6 +33,21 @@ uint64_t saved_states() {
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return (static_cast<uint64_t>(high) << 32) | low;
 }
+#elif defined(__aarch64__) && defined(__linux__)
+// Bits of AT_HWCAP and AT_HWCAP2 by number: the headers that wheels are built against are older than most names.
+bool hwcap(unsigned long type, int i) { return ((getauxval(type) >> i) & 1u) != 0; }
+
+// Main ID register: implementer, part, revision. 0 where Linux does not let a program read it.
+unsigned midr() {
+    if (!hwcap(AT_HWCAP, 11)) return 0;
+    uint64_t id;
+    __asm__("mrs %0, midr_el1" : "=r"(id));
+    return static_cast<unsigned>(id);
+}
+
+constexpr std::pair<unsigned, const char*> kImplementers[] = {{0x41, "Arm"},    {0x46, "Fujitsu"},  {0x48, "HiSilicon"},
+                                                              {0x4e, "NVIDIA"}, {0x51, "Qualcomm"}, {0x61, "Apple"},
+                                                              {0xc0, "Ampere"}};
 #endif
 
 std::vector<std::pair<std::string, bool>> detect_flags() {
@@ -48,6 +67,13 @@ std::vector<std::pair<std::string, bool>> detect_flags() {
              {"amx_bf16", tiles && bit(l7.edx, 22)},  {"amx_int8", tiles && bit(l7.edx, 25)}};
 #elif defined(__aarch64__)
     flags = {{"neon", true}};
+#if defined(__linux__)
+    flags.insert(flags.end(), {{"fp16", hwcap(AT_HWCAP, 10)},
+                               {"dotprod", hwcap(AT_HWCAP, 20)},
+                               {"sve", hwcap(AT_HWCAP, 22)},
+                               {"i8mm", hwcap(AT_HWCAP2, 13)},
+                               {"bf16", hwcap(AT_HWCAP2, 14)}});
+#endif
 #endif
     return flags;
 }
@@ -86,6 +112,18 @@ Features detect_features() {
     }
     f.model = model;
     while (!f.model.empty() && f.model.back() == ' ') f.model.pop_back();
+#elif defined(__aarch64__) && defined(__linux__)
+    const unsigned id = midr();
+    if (id) {
+        char text[40];
+        std::snprintf(text, sizeof text, "implementer 0x%02x", id >> 24);
+        f.vendor = text;
+        for (const auto& [number, name] : kImplementers) {
+            if (number == id >> 24) f.vendor = name;
+        }
+        std::snprintf(text, sizeof text, " part 0x%03x", (id >> 4) & 0xfff);
+        f.model = f.vendor + text;
+    }
 #endif
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
     f.l1_bytes = cache_bytes(_SC_LEVEL1_DCACHE_SIZE);

@@ -82,7 +82,7 @@ def _print(result: dict[str, Any]) -> None:
     print_table(
         "machine",
         [
-            ("CPU", str(cpu.get("model_name", "unknown"))),
+            ("CPU", cpu["model_name"] or "unknown"),
             ("features", " ".join(flags) or "none that kernels use"),
             ("not there", " ".join(absent) or "nothing"),
             ("caches", ", ".join(caches) or "unknown"),

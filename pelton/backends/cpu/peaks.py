@@ -20,7 +20,7 @@ def measured_peaks(isa: str, threads: int, *, fresh: bool = False) -> dict[str, 
     from . import _native
 
     path = cache_dir() / "peaks.json"
-    key = f"{_native.cpu_features().get('model_name', 'cpu')}:{isa}:{threads}"
+    key = f"{_native.cpu_features()['model_name'] or 'cpu'}:{isa}:{threads}"
     try:
         kept = json.loads(path.read_text())
     except (OSError, ValueError):
