@@ -39,7 +39,7 @@ threads = click.option("--threads", type=int, metavar="N", help="CPU threads. De
 isa = click.option(
     "--isa",
     metavar="ISA",
-    help="Instruction set of the kernels: generic, avx2, avx512, avx512_bf16. "
+    help="Instruction set of the kernels: generic, avx2, avx512, avx512_bf16, amx. "
     "Default: PELTON_CPU_ISA, else the best one this machine has.",
 )
 dtype = click.option(

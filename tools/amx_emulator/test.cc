@@ -173,14 +173,14 @@ void check_configuration_operands() {
     config[1].tile(2, 3, 12);
     Config back[3];
     __asm__ volatile("mov %0, %%r11\n ldtilecfg 64(%%r11)" ::"r"(config) : "r11", "memory");
-    __asm__ volatile(
-        "mov %0, %%r13\n mov $1, %%r12\n sttilecfg 0x20(%%r13,%%r12,8)" ::"r"(reinterpret_cast<char*>(back) + 64 - 0x28)
-        : "r12", "r13", "memory");
+    __asm__ volatile("mov %0, %%r13\n mov $1, %%r12\n sttilecfg 0x20(%%r13,%%r12,8)" ::"r"(
+                         reinterpret_cast<uintptr_t>(back) + 64 - 0x28)
+                     : "r12", "r13", "memory");
     check(std::memcmp(&back[1], &config[1], 64) == 0, "ldtilecfg disp8, sttilecfg base + index * 8 + disp8");
     global_config = Config();
     global_config.tile(1, 5, 20);
     __asm__ volatile("ldtilecfg %0" ::"m"(global_config));  // relative to rip
-    __asm__ volatile("mov %0, %%rbx\n sttilecfg 0x1000(%%rbx)" ::"r"(reinterpret_cast<char*>(back) - 0x1000)
+    __asm__ volatile("mov %0, %%rbx\n sttilecfg 0x1000(%%rbx)" ::"r"(reinterpret_cast<uintptr_t>(back) - 0x1000)
                      : "rbx", "memory");
     check(std::memcmp(&back[0], &global_config, 64) == 0, "ldtilecfg rip-relative, sttilecfg disp32");
     release();

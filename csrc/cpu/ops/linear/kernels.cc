@@ -4,6 +4,7 @@
 // Batch invariance: an output element is one chain of additions over k (over groups of k when
 // quantized) in ascending order. Register tiles, row blocks and depth blocks only decide when the chain
 // is parked in memory, which is exact in f32.
+#include "cpu/ops/linear/amx.h"
 #include "cpu/ops/linear/contract.h"
 #include "cpu/row_tiles.h"
 
@@ -358,6 +359,24 @@ void prepare_rows(const Call& call, const LinearShape& shape, const Activations&
 
 // ---- one item: a panel and a block of rows
 
+#if defined(__AMX_TILE__)
+void amx_item(AmxTiles& tiles, const char* panel, int64_t k, const Activations& x, int64_t rows, const Output& c) {
+    for (int64_t k0 = 0; k0 < k; k0 += kAmxDepth) {
+        const int64_t depth = k - k0 < kAmxDepth ? k - k0 : kAmxDepth;
+        amx_bf16_block(tiles, x.rows + k0 * 2, x.stride, rows, panel + k0 * kPanel * 2, depth, c.data, c.ld, k0 == 0);
+    }
+    if (!c.bias) return;
+    for (int64_t m = 0; m < rows; ++m) {
+        for (int col = 0; col < kPanel; col += kW) {
+            float* y = c.data + m * c.ld + col;
+            store(y, load(y) + load(c.bias + col));
+        }
+    }
+}
+#else
+struct AmxTiles {};
+#endif
+
 template <int kCodes>
 void expand(const LinearShape& shape, const char* groups, int64_t count, int64_t group, const Decoder& d, char* out) {
     (void)d;
@@ -448,7 +467,9 @@ void grouped_item(const Call& call, const LinearShape& shape, const char* panel,
     }
 }
 
-void linear_item(const Call& call, const LinearShape& shape, const Activations& all, int64_t item, char* scratch) {
+void linear_item(const Call& call, const LinearShape& shape, const Activations& all, int64_t item, char* scratch,
+                 AmxTiles& tiles) {
+    (void)tiles;
     const int64_t panel = item / shape.row_blocks, m0 = item % shape.row_blocks * shape.row_block;
     const int64_t rows = call.rows - m0 < shape.row_block ? call.rows - m0 : shape.row_block;
     const int64_t n0 = panel * kPanel, n = call.ints[kN];
@@ -475,8 +496,12 @@ void linear_item(const Call& call, const LinearShape& shape, const Activations& 
             plain_item<F32Weight>(weight, call.ints[kK], kPanel * 4, 4, x, rows, c);
             break;
         case kBf16:
+#if defined(__AMX_TILE__)
+            amx_item(tiles, weight, shape.padded_k, x, rows, c);
+#else
             plain_item<PairWeight>(weight, kBf16Dot ? shape.padded_k : call.ints[kK], kPanel * 2, kActBytes, x, rows,
                                    c);
+#endif
             break;
         default:
             call.ints[kBits] == 4 ? grouped_item<8>(call, shape, weight, x, rows, c, expanded)
@@ -514,7 +539,8 @@ void multiply_stage(const Call& call, int64_t begin, int64_t end, Worker& worker
         }
         scratch += kLocalRows * (shape.rounded_bytes + sums_floats(shape) * 4);
     }
-    for (int64_t item = begin; item < end; ++item) linear_item(call, shape, a, item, scratch);
+    AmxTiles tiles;
+    for (int64_t item = begin; item < end; ++item) linear_item(call, shape, a, item, scratch, tiles);
 }
 
 }  // namespace
