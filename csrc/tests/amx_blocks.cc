@@ -127,9 +127,10 @@ int main() {
     using namespace pelton::cpu::amx;
     for (int64_t rows : {1, 2, 15, 16, 17, 31, 32, 33, 49, 67}) {
         for (int64_t depth : {2, 30, 32, 34, 62, 64, 130, 192}) check_bf16(rows, depth, 1 << 20);
+        for (int64_t depth : {512, 514, 1090}) check_bf16(rows, depth, 1 << 20);  // several blocks of depth
         check_bf16(rows, 130, 64);
         check_bf16(rows, 96, 32);
-        for (int64_t depth : {4, 16, 32, 60, 64, 68, 128, 196}) check_int8(rows, depth);
+        for (int64_t depth : {4, 16, 32, 60, 64, 68, 128, 196, 1100}) check_int8(rows, depth);
     }
     std::puts("ok");
     return 0;

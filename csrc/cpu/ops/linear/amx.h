@@ -19,9 +19,10 @@ namespace {
 constexpr int64_t kAmxPanelRow = kPanel * 4;                // bytes between rows of a second factor
 constexpr int64_t kAmxPanelStep = kAmxRows * kAmxPanelRow;  // bytes of a panel that one step multiplies
 constexpr int64_t kAmxPrefetch = 2 * kAmxPanelStep;         // bytes ahead, where the panel comes from memory
-// Depth of a block: the activations of 32 rows (32 KB) stay in the L1 cache of 48 KB for the second half of the
-// panel, whose block (64 KB) comes from L2. A longer one parks the sums less often. Not measured.
-constexpr int64_t kAmxDepth = 512;
+// Steps after which a block of 32 rows turns to the other half of the panel: the activations (32 KB) are still
+// in an L1 cache of 48 KB then, while the panel (64 KB) comes from L2. Longer blocks park sums less often. Not
+// measured.
+constexpr int64_t kAmxBlockSteps = 16;
 
 // Where the panel of a product and the first factors of its last, incomplete step are.
 struct AmxDepth {
@@ -56,33 +57,39 @@ PELTON_INLINE void amx_step_pair(const char* upper, const char* lower, int64_t a
     Product::template dot<3, 5, 7>();
 }
 
-// 17 to 32 rows: two tiles of rows by two of columns, so that each load feeds two products. The halves of
-// the panel come one after the other; the rows' activations are in the L1 cache the second time.
+// Half a panel and `steps` of depth for 17 to 32 rows: two tiles of rows by two of columns, so that each load
+// feeds two products.
+template <class Product, bool kStream>
+PELTON_INLINE void amx_half(const char* a, int64_t a_stride, const char* w, int64_t steps, const char* tail_a,
+                            const char* tail_w, char* out, int64_t out_stride, bool first) {
+    const char* lower = a + kAmxRows * a_stride;
+    char* out_lower = out + kAmxRows * out_stride;
+    amx_start<0>(out, out_stride, first);
+    amx_start<1>(out + kAmxRowBytes, out_stride, first);
+    amx_start<2>(out_lower, out_stride, first);
+    amx_start<3>(out_lower + kAmxRowBytes, out_stride, first);
+    for (int64_t s = 0; s < steps; ++s) {
+        if (kStream) amx_prefetch<2>(w);
+        amx_step_pair<Product>(a + s * kAmxRowBytes, lower + s * kAmxRowBytes, a_stride, w);
+        w += kAmxPanelStep;
+    }
+    if (tail_a) amx_step_pair<Product>(tail_a, tail_a + kAmxRows * kAmxRowBytes, kAmxRowBytes, tail_w);
+    tile_store<0>(out, out_stride);
+    tile_store<1>(out + kAmxRowBytes, out_stride);
+    tile_store<2>(out_lower, out_stride);
+    tile_store<3>(out_lower + kAmxRowBytes, out_stride);
+}
+
 template <class Product, bool kStream>
 PELTON_INLINE void amx_pair(const char* a, int64_t a_stride, const char* w, const AmxDepth& depth, char* out,
                             int64_t out_stride, bool first) {
-    const char* lower = a + kAmxRows * a_stride;
-    char* out_lower = out + kAmxRows * out_stride;
-    for (int half = 0; half < 2; ++half) {
-        const int64_t at = half * 2 * kAmxRowBytes;
-        amx_start<0>(out + at, out_stride, first);
-        amx_start<1>(out + at + kAmxRowBytes, out_stride, first);
-        amx_start<2>(out_lower + at, out_stride, first);
-        amx_start<3>(out_lower + at + kAmxRowBytes, out_stride, first);
-        const char* b = w + at;
-        for (int64_t s = 0; s < depth.steps; ++s) {
-            if (kStream) amx_prefetch<2>(b);
-            amx_step_pair<Product>(a + s * kAmxRowBytes, lower + s * kAmxRowBytes, a_stride, b);
-            b += kAmxPanelStep;
+    for (int64_t s = 0; s < depth.steps; s += kAmxBlockSteps) {
+        const int64_t left = depth.steps - s, steps = left < kAmxBlockSteps ? left : kAmxBlockSteps;
+        const char* tail_a = steps == left && depth.has_tail ? depth.tail_a : nullptr;
+        for (int64_t at = 0; at < 4 * kAmxRowBytes; at += 2 * kAmxRowBytes) {
+            amx_half<Product, kStream>(a + s * kAmxRowBytes, a_stride, w + s * kAmxPanelStep + at, steps, tail_a,
+                                       depth.tail_w + at, out + at, out_stride, first && s == 0);
         }
-        if (depth.has_tail) {
-            amx_step_pair<Product>(depth.tail_a, depth.tail_a + kAmxRows * kAmxRowBytes, kAmxRowBytes,
-                                   depth.tail_w + at);
-        }
-        tile_store<0>(out + at, out_stride);
-        tile_store<1>(out + at + kAmxRowBytes, out_stride);
-        tile_store<2>(out_lower + at, out_stride);
-        tile_store<3>(out_lower + at + kAmxRowBytes, out_stride);
     }
 }
 
@@ -159,8 +166,8 @@ PELTON_INLINE void amx_block(AmxTiles& tiles, const char* a, int64_t a_stride, i
 }
 
 // out[rows][64] (+)= a[rows][depth] x w[depth / 2][64][2] in bf16. `a_stride` is in bytes, `ld` in floats;
-// `first` starts from zero. depth is even; a row's blocks must begin at multiples of 32, or their sums would
-// be cut differently.
+// `first` starts from zero. depth is even and best given whole: it is cut for the caches here. Where the caller
+// cuts it, the parts must begin at multiples of 32, or their sums would be others.
 __attribute__((unused)) void amx_bf16_block(AmxTiles& tiles, const char* a, int64_t a_stride, int64_t rows,
                                             const char* w, int64_t depth, float* out, int64_t ld, bool first) {
     amx_block<AmxBf16>(tiles, a, a_stride, rows, w, depth * 2, reinterpret_cast<char*>(out), ld * 4, first);

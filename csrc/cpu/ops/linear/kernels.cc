@@ -361,10 +361,7 @@ void prepare_rows(const Call& call, const LinearShape& shape, const Activations&
 
 #if defined(__AMX_TILE__)
 void amx_item(AmxTiles& tiles, const char* panel, int64_t k, const Activations& x, int64_t rows, const Output& c) {
-    for (int64_t k0 = 0; k0 < k; k0 += kAmxDepth) {
-        const int64_t depth = k - k0 < kAmxDepth ? k - k0 : kAmxDepth;
-        amx_bf16_block(tiles, x.rows + k0 * 2, x.stride, rows, panel + k0 * kPanel * 2, depth, c.data, c.ld, k0 == 0);
-    }
+    amx_bf16_block(tiles, x.rows, x.stride, rows, panel, k, c.data, c.ld, true);
     if (!c.bias) return;
     for (int64_t m = 0; m < rows; ++m) {
         for (int col = 0; col < kPanel; col += kW) {
