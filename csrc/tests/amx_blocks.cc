@@ -1,11 +1,13 @@
 // The block products of the tier amx against plain C++, with every remainder of rows and depth, buffers that
 // end where they are promised to, and bits that do not depend on the rows beside. Prints "ok" or aborts.
-// Needs AMX or its emulator (tools/test_amx.sh).
+// With --time [MB] it prints rates of one thread instead, for panels in a cache and panels from memory.
+// Needs AMX or its emulator (tools/test_amx.sh), whose times mean nothing.
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -115,16 +117,53 @@ void check_int8(int64_t rows, int64_t depth) {
     }
 }
 
+// 4096 deep, as bf16 and as int8. Best of several passes over all panels.
+void print_rates(int64_t megabytes) {
+    constexpr int64_t kDepth = 4096, kStride = kDepth * 2 + 64;  // rows not a multiple of 4 KB apart
+    std::vector<char> panels(std::max<int64_t>(megabytes << 20, kDepth * kPanel * 2), 0x3c);
+    std::vector<char> a(256 * kStride, 0x3c);
+    std::vector<float> out(256 * kPanel);
+    AmxTiles tiles;
+    for (const bool int8 : {false, true}) {
+        const int64_t panel = kDepth * kPanel * (int8 ? 1 : 2);
+        for (const int64_t bytes : {panel, static_cast<int64_t>(panels.size()) / panel * panel}) {
+            for (const int64_t rows : {1, 4, 16, 32, 64, 192}) {
+                double best = 1e9;
+                for (int repeat = 0; repeat < 5; ++repeat) {
+                    const auto start = std::chrono::steady_clock::now();
+                    for (int64_t at = 0; at < bytes; at += panel) {
+                        int8 ? amx_int8_block(tiles, a.data(), kStride, rows, panels.data() + at, kDepth,
+                                              reinterpret_cast<int32_t*>(out.data()), kPanel, true)
+                             : amx_bf16_block(tiles, a.data(), kStride, rows, panels.data() + at, kDepth, out.data(),
+                                              kPanel, true);
+                    }
+                    const auto end = std::chrono::steady_clock::now();
+                    best = std::min(best, std::chrono::duration<double>(end - start).count());
+                }
+                std::printf("%s %4lld rows, %6.1f MB of panels: %8.1f GFLOP/s %7.2f GB/s of panels\n",
+                            int8 ? "int8" : "bf16", static_cast<long long>(rows),
+                            static_cast<double>(bytes) / (1 << 20),
+                            static_cast<double>(bytes / panel * rows * kDepth * kPanel) * 2e-9 / best,
+                            static_cast<double>(bytes) * 1e-9 / best);
+            }
+        }
+    }
+}
+
 }  // namespace
 }  // namespace pelton::cpu::PELTON_ISA
 
-int main() {
+int main(int count, char** arguments) {
     constexpr int kRequestPermission = 0x1023, kTileData = 18;
     if (!std::getenv("LD_PRELOAD") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) {
         std::fputs("no AMX here (or the kernel does not grant it): run under the emulator with LD_PRELOAD\n", stderr);
         return 1;
     }
     using namespace pelton::cpu::amx;
+    if (count > 1 && !std::strcmp(arguments[1], "--time")) {
+        print_rates(count > 2 ? std::atoll(arguments[2]) : 256);
+        return 0;
+    }
     for (int64_t rows : {1, 2, 15, 16, 17, 31, 32, 33, 49, 67}) {
         for (int64_t depth : {2, 30, 32, 34, 62, 64, 130, 192}) check_bf16(rows, depth, 1 << 20);
         for (int64_t depth : {512, 514, 1090}) check_bf16(rows, depth, 1 << 20);  // several blocks of depth

@@ -151,7 +151,9 @@ PELTON_INLINE void amx_block(AmxTiles& tiles, const char* a, int64_t a_stride, i
                 __builtin_memcpy(tail_a + r * kAmxRowBytes, from + r * a_stride + whole * kAmxRowBytes, rest);
             }
         }
-        const bool stream = m == 0;  // from memory the first time, from a cache for the rows after
+        // From memory the first time, from a cache for the rows after. Less than a step is too short to look ahead
+        // from: who multiplies a panel in such pieces prefetches it himself.
+        const bool stream = m == 0 && whole > 0;
         if (height > kAmxRows) {
             tiles.shape_pair(kAmxRows, static_cast<int>(height) - kAmxRows, bytes);
             stream ? amx_pair<Product, true>(from, a_stride, w, depth, to, out_stride, first)

@@ -51,7 +51,7 @@ float f32_rounds(int64_t iterations) {
 
 #if defined(__AMX_TILE__)
 // Four products a round, each into a tile of its own: a product keeps the unit busy for 16 cycles and its
-// result takes 52. With an eighth of the rounds a measurement is as long as with vectors.
+// result takes some 50. With an eighth of the rounds a measurement is as long as with vectors.
 constexpr int kTileShare = 8;
 
 template <class Product>
