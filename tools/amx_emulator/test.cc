@@ -1,6 +1,6 @@
 // The AMX instructions against plain C++: under the emulator (LD_PRELOAD), or on a processor that has them,
 // where it checks this file's idea of them. Prints "ok" or the first difference.
-#include <asm/prctl.h>
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <sys/syscall.h>
@@ -454,7 +454,7 @@ void check_faults() {
 }  // namespace
 
 int main() {
-    emulated = std::getenv("LD_PRELOAD") != nullptr;
+    emulated = dlsym(RTLD_DEFAULT, "amx_emulator_executed") != nullptr;
     if (!emulated) {
         constexpr int kRequestPermission = 0x1023, kTileData = 18;
         check(syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0,
