@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo install test test-aarch64 check lint format types bench sanitize clean
+.PHONY: help demo install test test-aarch64 test-amx check lint format types bench sanitize clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -38,7 +38,7 @@ test-aarch64: $(VENV)/.test ## Kernel tests on 64-bit Arm, cross-compiled and em
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
+	$(BIN)/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES)) tools/amx_emulator/*.cc tools/amx_emulator/*.h
 
 types: $(VENV)/.test
 	$(BIN)/mypy
@@ -46,11 +46,14 @@ types: $(VENV)/.test
 format: $(VENV)/.test ## Reformat Python and C++
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter csrc/%,$(SOURCES))
+	$(BIN)/clang-format -i $(filter csrc/%,$(SOURCES)) tools/amx_emulator/*.cc tools/amx_emulator/*.h
 
 check: lint types ## Lint, types, tests, and lines per folder
 	$(BIN)/python tools/count_lines.py
 	$(BIN)/python -m pytest
+
+test-amx: $(VENV)/.test ## Tests of the AMX kernels, emulated on a processor without AMX
+	PYTHON=$(BIN)/python tools/test_amx.sh
 
 sanitize: $(VENV)/.test ## Kernel tests under the address, undefined-behaviour and thread sanitizers
 	PYTHON=$(BIN)/python tools/sanitize.sh

@@ -253,7 +253,7 @@ def _build(config: EngineConfig, progress: Progress | None) -> Built:
                 progress(done, total)
 
         executor = CpuExecutor(
-            planned.program, read, planned.kv_spec, HostSampler(), isa=planned.isa, threads=planned.threads,
+            planned.program, read, planned.kv_spec, HostSampler(), isa=planned.isa, threads=planned.threads, activations=config.activations,
             content_key=content_hash(checkpoint.files) if config.packed_cache else None, on_packed=on_packed,
         )  # fmt: skip
     eos_ids: set[int] = set(tokenizer.stop_token_ids) if tokenizer is not None else set()
@@ -308,7 +308,8 @@ def _check(config: EngineConfig) -> None:
         remedy = f"choose one of {', '.join(QUANTIZATIONS)}, or leave it out"
         raise PeltonError(f"quantization is {config.quantization!r}", remedy)
     for name, allowed in (("device", ("cpu", "reference")), ("dtype", ("auto", "f32", "bf16")),
-                          ("kv_cache_dtype", ("auto", "f32", "bf16"))):  # fmt: skip
+                          ("kv_cache_dtype", ("auto", "f32", "bf16")),
+                          ("activations", ("auto", "float", "int8"))):  # fmt: skip
         if getattr(config, name) not in allowed:
             raise PeltonError(f"{name} is {getattr(config, name)!r}", f"choose one of {', '.join(allowed)}")
     if config.block_size % 16:

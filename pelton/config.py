@@ -100,6 +100,7 @@ class EngineConfig:
     block_size: int = 16  # tokens per KV block; 16 keys fill one 512-bit register
     kv_cache_memory: int | None = None  # bytes; None: room for max_num_seqs, within free memory
     threads: int | None = None  # None: the cores this process may use
+    activations: Literal["auto", "float", "int8"] = "auto"  # beside quantized weights; auto: docs/quantization.md
     isa: str | None = None  # None: PELTON_CPU_ISA, else the best one
     packed_cache: bool = True  # keep packed weights on disk, mmapped at the next start
     seed: int = 0  # for requests without one

@@ -2,10 +2,15 @@
 
 #include <unistd.h>
 
+#include <cstdlib>
 #include <cstring>
+#include <stdexcept>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 
@@ -33,6 +38,23 @@ uint64_t saved_states() {
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return (static_cast<uint64_t>(high) << 32) | low;
 }
+
+// Linux gives the 8 KB of tiles only to processes that ask for them, once for all of their threads.
+bool request_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return granted;
+#else
+    return false;
+#endif
+}
+
+bool detect_tiles() {
+    const bool saved = (saved_states() & 0x60000) == 0x60000;
+    if (!saved || !(leaf(7).edx & (1u << 24))) return false;
+    return leaf(0x1d).eax >= 1 && request_tiles();  // some virtual machines announce tiles but no palette
+}
 #elif defined(__aarch64__) && defined(__linux__)
 // Bits of AT_HWCAP and AT_HWCAP2 by number: the headers that wheels are built against are older than most names.
 bool hwcap(unsigned long type, int i) { return ((getauxval(type) >> i) & 1u) != 0; }
@@ -50,21 +72,46 @@ constexpr std::pair<unsigned, const char*> kImplementers[] = {{0x41, "Arm"},    
                                                               {0xc0, "Ampere"}};
 #endif
 
+// For emulators: PELTON_ASSUME_FEATURES=amx_tile,amx_bf16 claims features that the processor does not
+// announce. A wrong claim ends in an illegal instruction.
+void assume(std::vector<std::pair<std::string, bool>>& flags) {
+    const char* text = std::getenv("PELTON_ASSUME_FEATURES");
+    std::string names = text ? text : "";
+    while (!names.empty()) {
+        const size_t comma = names.find(',');
+        const std::string name = names.substr(0, comma);
+        names = comma == std::string::npos ? "" : names.substr(comma + 1);
+        bool known = name.empty();
+        for (auto& [flag, present] : flags) {
+            if (flag == name) known = present = true;
+        }
+        if (!known) throw std::invalid_argument("PELTON_ASSUME_FEATURES: there is no feature '" + name + "'");
+    }
+}
+
 std::vector<std::pair<std::string, bool>> detect_flags() {
     std::vector<std::pair<std::string, bool>> flags;
 #if defined(__x86_64__)
     const uint64_t states = saved_states();
     const bool ymm = (states & 0x6) == 0x6, zmm = ymm && (states & 0xe0) == 0xe0;
-    const bool tiles = (states & 0x60000) == 0x60000;  // the kernel still has to grant them per process
+    const bool tiles = detect_tiles();
     const Leaf l1 = leaf(1), l7 = leaf(7), l71 = leaf(7, 1);
     auto bit = [](unsigned word, int i) { return ((word >> i) & 1u) != 0; };
-    flags = {{"avx2", ymm && bit(l7.ebx, 5)},         {"fma", ymm && bit(l1.ecx, 12)},
-             {"f16c", ymm && bit(l1.ecx, 29)},        {"avx512f", zmm && bit(l7.ebx, 16)},
-             {"avx512dq", zmm && bit(l7.ebx, 17)},    {"avx512bw", zmm && bit(l7.ebx, 30)},
-             {"avx512vl", zmm && bit(l7.ebx, 31)},    {"avx512_vbmi", zmm && bit(l7.ecx, 1)},
-             {"avx512_vnni", zmm && bit(l7.ecx, 11)}, {"avx512_bf16", zmm && bit(l71.eax, 5)},
-             {"avx512_fp16", zmm && bit(l7.edx, 23)}, {"avx_vnni", ymm && bit(l71.eax, 4)},
-             {"amx_bf16", tiles && bit(l7.edx, 22)},  {"amx_int8", tiles && bit(l7.edx, 25)}};
+    flags = {{"avx2", ymm && bit(l7.ebx, 5)},
+             {"fma", ymm && bit(l1.ecx, 12)},
+             {"f16c", ymm && bit(l1.ecx, 29)},
+             {"avx512f", zmm && bit(l7.ebx, 16)},
+             {"avx512dq", zmm && bit(l7.ebx, 17)},
+             {"avx512bw", zmm && bit(l7.ebx, 30)},
+             {"avx512vl", zmm && bit(l7.ebx, 31)},
+             {"avx512_vbmi", zmm && bit(l7.ecx, 1)},
+             {"avx512_vnni", zmm && bit(l7.ecx, 11)},
+             {"avx512_bf16", zmm && bit(l71.eax, 5)},
+             {"avx512_fp16", zmm && bit(l7.edx, 23)},
+             {"avx_vnni", ymm && bit(l71.eax, 4)},
+             {"amx_tile", tiles},
+             {"amx_bf16", tiles && bit(l7.edx, 22)},
+             {"amx_int8", tiles && bit(l7.edx, 25)}};
 #elif defined(__aarch64__)
     flags = {{"neon", true}};
 #if defined(__linux__)
@@ -75,6 +122,7 @@ std::vector<std::pair<std::string, bool>> detect_flags() {
                                {"bf16", hwcap(AT_HWCAP2, 14)}});
 #endif
 #endif
+    assume(flags);
     return flags;
 }
 

@@ -15,7 +15,10 @@ struct Features {
     int64_t l1_bytes = 0, l2_bytes = 0, l3_bytes = 0;  // 0 if unknown
 };
 
+// Usable ones: the processor has it and the operating system lets this process use it, or
+// PELTON_ASSUME_FEATURES (a comma-separated list, for emulators) says so. Both throw std::invalid_argument if
+// that names something unknown.
 Features detect_features();
-bool has_feature(const char* name);  // usable: processor and operating system
+bool has_feature(const char* name);
 
 }  // namespace pelton::cpu

@@ -28,6 +28,9 @@ PELTON_DECLARE_SPECIAL(avx2)
 PELTON_DECLARE_COMMON(avx512)
 PELTON_DECLARE_SPECIAL(avx512)
 PELTON_DECLARE_SPECIAL(avx512_bf16)
+#if defined(PELTON_HAS_AMX)
+PELTON_DECLARE_SPECIAL(amx)
+#endif
 #endif
 
 namespace pelton::cpu {
@@ -52,6 +55,9 @@ const std::vector<Tier>& tiers() {
         {"avx2", {"avx2", "fma", "f16c"}, {PELTON_ALL(avx2)}, &avx2::peak_kernels},
         {"avx512", {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, {PELTON_ALL(avx512)}, &avx512::peak_kernels},
         {"avx512_bf16", {"avx512_bf16", "avx512_vnni"}, {PELTON_SPECIAL(avx512_bf16)}, &avx512_bf16::peak_kernels},
+#if defined(PELTON_HAS_AMX)
+        {"amx", {"amx_tile", "amx_bf16", "amx_int8"}, {amx::linear_kernels}, &amx::peak_kernels},
+#endif
 #endif
     };
     return all;

@@ -52,6 +52,7 @@ def doctor(isa: str | None, threads: int | None, as_json: bool) -> None:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": dict(_native.cpu_features()),
+        "assumed_features": os.environ.get("PELTON_ASSUME_FEATURES", ""),
         "threads": count,
         "available_memory": available_memory(),
         "isas": list(_native.supported_isas()),
@@ -78,12 +79,14 @@ def _print(result: dict[str, Any]) -> None:
     cpu = result["cpu"]
     flags = [name for name, value in cpu["flags"].items() if value]
     absent = [name for name, value in cpu["flags"].items() if not value]
+    assumed = result["assumed_features"]
     caches = [f"{n.removesuffix('_bytes').upper()} {human(v)}" for n, v in cpu.items() if n.endswith("_bytes") and v]
     print_table(
         "machine",
         [
             ("CPU", cpu["model_name"] or "unknown"),
             ("features", " ".join(flags) or "none that kernels use"),
+            *([("assumed", f"{assumed} (PELTON_ASSUME_FEATURES)")] if assumed else []),
             ("not there", " ".join(absent) or "nothing"),
             ("caches", ", ".join(caches) or "unknown"),
             ("threads", str(result["threads"])),

@@ -40,7 +40,7 @@ threads = click.option("--threads", type=int, metavar="N", help="CPU threads. De
 isa = click.option(
     "--isa",
     metavar="ISA",
-    help="Instruction set of the kernels: generic, avx2, avx512, avx512_bf16. "
+    help="Instruction set of the kernels: generic, avx2, avx512, avx512_bf16, amx. "
     "Default: PELTON_CPU_ISA, else the best one this machine has.",
 )
 dtype = click.option(
@@ -62,6 +62,13 @@ kv_cache_dtype = click.option(
     default="auto",
     help="Type of the KV cache; auto: f32 if the whole model is f32, else bf16.",
 )
+activations = click.option(
+    "--activations",
+    type=click.Choice(["auto", "float", "int8"]),
+    default="auto",
+    help="What quantized weights are multiplied with: activations rounded to int8 per group, which is fastest, or "
+    "floats. auto: int8 where that changes nothing that counts (docs/quantization.md has figures).",
+)
 device = click.option(
     "--device",
     type=click.Choice(["cpu", "reference"]),
@@ -73,7 +80,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON o
 #: What the verbs that run a model have in common, in the order of the help.
 _LOADING = {
     "max_model_len": max_model_len, "dtype": dtype, "quantization": quantization, "kv_cache_dtype": kv_cache_dtype,
-    "isa": isa, "threads": threads, "device": device,
+    "activations": activations, "isa": isa, "threads": threads, "device": device,
 }  # fmt: skip
 
 

@@ -171,7 +171,7 @@ def test_kernel_means_what_its_row_says(name: str, isa: str, activations: str) -
         # float32: 40 roundings of the sum's size, enough for sums of 96 and for polynomials of exp and erf.
         # bf16 operands: 2**-9 each, averaging out over a sum. A key on the border of two bf16 numbers may
         # be stored as either, on any tier.
-        rounded = rounds and (isa == "avx512_bf16" or "attention" in name)
+        rounded = rounds and (isa in ("avx512_bf16", "amx") or "attention" in name)
         # int8 activations: half a step of 127, averaging out likewise.
         limit = 2**-6 if int8 else 2**-7 if rounded else 40 * float(np.finfo(np.float32).eps)
         assert np.abs(got - want).max() <= limit * max(1.0, np.abs(want).max()), batch

@@ -54,12 +54,16 @@ def choose_isa(requested: str | None) -> str:
     """The requested tier, else ``PELTON_CPU_ISA``, else the best one this machine has.
 
     Raises:
-        PeltonError: this machine or this build does not have the tier.
+        PeltonError: this machine or this build does not have the tier, or ``PELTON_ASSUME_FEATURES`` names
+            a feature that there is not.
     """
     from ...errors import PeltonError
     from . import _native
 
-    known: list[str] = _native.supported_isas()
+    try:
+        known: list[str] = _native.supported_isas()
+    except ValueError as error:
+        raise PeltonError(str(error), "correct the variable or unset it") from None
     isa = requested or os.environ.get("PELTON_CPU_ISA") or known[-1]
     if isa not in known:
         raise PeltonError(f"this machine cannot run ISA {isa!r}", f"choose one of {', '.join(known)}")

@@ -13,7 +13,7 @@ F = npt.NDArray[np.float32]
 native = pytest.importorskip("pelton.backends.cpu._native", reason="the native module is not built")
 
 ISAS: list[str] = native.supported_isas()
-BF16_DOT = {"avx512_bf16"}  # tiers that round activations next to bf16 and quantized weights
+BF16_DOT = {"avx512_bf16", "amx"}  # tiers that round activations next to bf16 and quantized weights
 ROWS_T = 0
 
 

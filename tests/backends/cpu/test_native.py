@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .native import ISAS, NONE, Runner, native
+from .native import BF16_DOT, ISAS, NONE, Runner, native
 
 ADD = [0, 8, 8, 8, 8]
 
@@ -18,7 +18,7 @@ def test_tiers_and_features() -> None:
     assert ISAS[0] == "generic"
     features = native.cpu_features()
     assert {"vendor", "model_name", "flags", "l1_bytes", "l2_bytes", "l3_bytes"} <= set(features)
-    order = ["generic", "avx2", "avx512", "avx512_bf16"]
+    order = ["generic", "avx2", "avx512", "avx512_bf16", "amx"]
     for isa in ISAS:
         table = native.kernels(isa)
         assert {"embedding", "linear", "attention", "rope_kv_write", "take_rows"} <= set(table)
@@ -212,7 +212,7 @@ def test_executors_run_side_by_side_and_steps_follow_each_other() -> None:
 def test_peaks_are_positive(isa: str) -> None:
     peaks = native.measure_peaks(isa, 1, 0.01)
     assert {"read_bandwidth", "f32"} <= set(peaks) and all(v > 1e8 for v in peaks.values())
-    assert ("bf16" in peaks) == (isa == "avx512_bf16")
+    assert ("bf16" in peaks) == (isa in BF16_DOT)
 
 
 def test_cache_bytes() -> None:

@@ -86,6 +86,8 @@ LinearShape linear_shape(const Call& call) {
     }
     constexpr int64_t kSizes[] = {0, 4, 2, 1};
     shape.row_bytes = round_up(shape.padded_k * kSizes[shape.prepared], 64);
+    // Rows a multiple of 4 KB apart would share the same few lines of the L1 cache.
+    if (shape.row_bytes && shape.row_bytes % 4096 == 0) shape.row_bytes += 64;
     shape.row_block = ints[kBlockRows] ? ints[kBlockRows] : kRowBlock;  // 0 before the first plan
     shape.row_blocks = (call.rows + shape.row_block - 1) / shape.row_block;
     return shape;

@@ -7,6 +7,7 @@
 // which is exact in f32 and in int32.
 #include "cpu/ops/elementwise/contract.h"
 #include "cpu/ops/linear/activations.h"
+#include "cpu/ops/linear/amx.h"
 #include "cpu/ops/linear/codes.h"
 #include "cpu/row_tiles.h"
 #include "cpu/simd_math.h"
@@ -352,6 +353,45 @@ void sliced_tile(const Groups& g, const Activations& x, const char* a, const Out
 
 // ---- one item: a panel and a block of rows
 
+#if defined(__AMX_TILE__)
+// All rows, whatever their number: the sums of tiles are not those of vectors.
+void tiles_item(AmxTiles& tiles, const char* panel, int64_t k, const Activations& x, int64_t rows, const Output& c) {
+    amx_bf16_block(tiles, x.rows, x.stride, rows, panel, k, c.data, c.ld, true);
+    if (!c.bias) return;
+    for (int64_t m = 0; m < rows; ++m) {
+        for (int col = 0; col < kPanel; col += kW) {
+            float* y = c.data + m * c.ld + col;
+            store(y, load(y) + load(c.bias + col));
+        }
+    }
+}
+
+// A slice as sliced_tile does it, for many rows.
+void sliced_tiles(AmxTiles& tiles, const Groups& g, const Activations& x, const char* a, int64_t rows,
+                  const Output& c) {
+    amx_int8_block(tiles, a, x.stride, rows, g.codes, g.size, reinterpret_cast<int32_t*>(c.data), c.ld, c.first);
+    if (!g.ends_group) return;
+    for (int64_t m = 0; m < rows; ++m) {
+        for (int col = 0; col < kPanel; col += kW) {
+            float* y = c.data + m * c.ld + col;
+            const VI acc = reinterpret_cast<VI>(load(y)) + x.starts[m * x.info_stride];
+            VF now = IntMath::scaled(acc, load(g.scales + col), x.scales + m * x.info_stride, VF{});
+            if (g.zeros) now = fma(load(g.zeros + col), splat(x.sums[m * x.info_stride]), now);
+            store(y, c.bias ? now + load(c.bias + col) : now);
+        }
+    }
+}
+
+constexpr bool kTiles = true;
+#else
+struct AmxTiles {};
+void tiles_item(AmxTiles&, const char*, int64_t, const Activations&, int64_t, const Output&) {}
+void sliced_tiles(AmxTiles&, const Groups&, const Activations&, const char*, int64_t, const Output&) {}
+constexpr bool kTiles = false;
+#endif
+// From here on tiles take fewer cycles than vectors for int8, which is exact either way.
+constexpr int kLeastTileRows = 5;
+
 template <class Step>
 void plain_item(const char* panel, int64_t k, int act_bytes, const Activations& x, int64_t rows, Output c) {
     const float* bias = c.bias;
@@ -410,7 +450,7 @@ void grouped_rows(const Groups& g, int64_t k0, const Activations& x, int64_t row
 
 template <class Codes, class Math>
 void codes_item(const Call& call, const LinearShape& shape, const char* panel, const Activations& x, int64_t rows,
-                Output c, char* scratch) {
+                Output c, char* scratch, AmxTiles& tiles) {
     // Bytes that meet int8 activations are used where they are.
     constexpr bool kInPlace = __is_same(Codes, ByteCodes) && __is_same(Math, IntMath);
     typedef CodeStep<Codes, Math> Direct;
@@ -440,7 +480,9 @@ void codes_item(const Call& call, const LinearShape& shape, const char* panel, c
             c.bias = i + g.count == shape.groups && g.ends_group ? bias : nullptr;
             g.codes = group_at(shape, panel, i) + k0 / kUnitCodes<Codes> * kUnitBytes<Codes>;
             const int64_t at = i * shape.group + k0;
-            if (direct) {
+            if (kTiles && kInPlace && one_group && rows >= kLeastTileRows) {
+                sliced_tiles(tiles, g, x, x.rows + at, rows, c);
+            } else if (direct) {
                 g.stride = shape.group_bytes;  // a block of groups has no outer factors inside
                 grouped_rows<Direct, kInPlace ? kTileRows : kDirectTile>(g, at, x, rows, c);
             } else {
@@ -450,6 +492,10 @@ void codes_item(const Call& call, const LinearShape& shape, const char* panel, c
                     expand<Codes, Math>(codes, g.size, expanded + j * g.stride);
                 }
                 g.codes = expanded;
+                if (kTiles && __is_same(Math, IntMath) && one_group) {
+                    sliced_tiles(tiles, g, x, x.rows + at, rows, c);
+                    continue;
+                }
                 grouped_rows<typename Expanded<Math>::Step, kTileRows>(g, at, x, rows, c);
             }
         }
@@ -458,22 +504,22 @@ void codes_item(const Call& call, const LinearShape& shape, const char* panel, c
 
 template <class Math>
 void quantized_item(const Call& call, const LinearShape& shape, const char* panel, const Activations& x, int64_t rows,
-                    const Output& c, char* scratch) {
+                    const Output& c, char* scratch, AmxTiles& tiles) {
     switch (call.ints[kCodes]) {
         case kByte:
-            return codes_item<ByteCodes, Math>(call, shape, panel, x, rows, c, scratch);
+            return codes_item<ByteCodes, Math>(call, shape, panel, x, rows, c, scratch, tiles);
         case kNibble:
-            return codes_item<NibbleCodes, Math>(call, shape, panel, x, rows, c, scratch);
+            return codes_item<NibbleCodes, Math>(call, shape, panel, x, rows, c, scratch, tiles);
         case kNibble1:
-            return codes_item<Nibble1Codes, Math>(call, shape, panel, x, rows, c, scratch);
+            return codes_item<Nibble1Codes, Math>(call, shape, panel, x, rows, c, scratch, tiles);
         case kNibble2:
-            return codes_item<Nibble2Codes, Math>(call, shape, panel, x, rows, c, scratch);
+            return codes_item<Nibble2Codes, Math>(call, shape, panel, x, rows, c, scratch, tiles);
         case kTwo:
-            return codes_item<TwoCodes, Math>(call, shape, panel, x, rows, c, scratch);
+            return codes_item<TwoCodes, Math>(call, shape, panel, x, rows, c, scratch, tiles);
         case kFp4:
-            return codes_item<Fp4Codes, Math>(call, shape, panel, x, rows, c, scratch);
+            return codes_item<Fp4Codes, Math>(call, shape, panel, x, rows, c, scratch, tiles);
         default:
-            return codes_item<Fp8Codes, FloatMath>(call, shape, panel, x, rows, c, scratch);
+            return codes_item<Fp8Codes, FloatMath>(call, shape, panel, x, rows, c, scratch, tiles);
     }
 }
 
@@ -502,7 +548,8 @@ void gate(int64_t kind, const float* block, int64_t rows, float* out, int64_t ld
     }
 }
 
-void linear_item(const Call& call, const LinearShape& shape, const Activations& all, int64_t item, char* scratch) {
+void linear_item(const Call& call, const LinearShape& shape, const Activations& all, int64_t item, char* scratch,
+                 AmxTiles& tiles) {
     const int64_t panel = item / shape.row_blocks, m0 = item % shape.row_blocks * shape.row_block;
     const int64_t rows = call.rows - m0 < shape.row_block ? call.rows - m0 : shape.row_block;
     const int64_t n0 = panel * kPanel, n = call.ints[kN], ld = call.ints[kLdOut];
@@ -530,12 +577,14 @@ void linear_item(const Call& call, const LinearShape& shape, const Activations& 
     }
     if (call.ints[kFormat] == kF32) {
         plain_item<F32Step>(weight, call.ints[kK], 4, x, rows, c);
+    } else if (call.ints[kFormat] == kBf16 && kTiles) {
+        tiles_item(tiles, weight, shape.padded_k, x, rows, c);
     } else if (call.ints[kFormat] == kBf16) {
         plain_item<PairStep>(weight, kBf16Dot ? shape.padded_k : call.ints[kK], kActBytes, x, rows, c);
     } else if (kInt8Products && shape.prepared == kRowsInt8) {
-        quantized_item<IntMath>(call, shape, weight, x, rows, c, scratch);
+        quantized_item<IntMath>(call, shape, weight, x, rows, c, scratch, tiles);
     } else {
-        quantized_item<FloatMath>(call, shape, weight, x, rows, c, scratch);
+        quantized_item<FloatMath>(call, shape, weight, x, rows, c, scratch, tiles);
     }
     if (gated) {
         gate(call.ints[kEpilogue] - kGated, block, rows, out, ld);
@@ -554,6 +603,7 @@ void multiply_stage(const Call& call, int64_t begin, int64_t end, Worker& worker
     const char* x = call.operands[kX].data;
     Activations a = {x, call.ints[kLdX] * 4, nullptr, nullptr, nullptr, 0};
     char* scratch = worker.scratch;
+    AmxTiles tiles;
     if (shape.row_bytes || shape.groups) {
         const bool local = call.rows <= kLocalRows;
         a = prepared_at(shape, local ? scratch : call.shared, call.rows);
@@ -567,7 +617,7 @@ void multiply_stage(const Call& call, int64_t begin, int64_t end, Worker& worker
         }
         scratch += kLocalRows * (shape.row_bytes + shape.info_bytes);
     }
-    for (int64_t item = begin; item < end; ++item) linear_item(call, shape, a, item, scratch);
+    for (int64_t item = begin; item < end; ++item) linear_item(call, shape, a, item, scratch, tiles);
 }
 
 }  // namespace
