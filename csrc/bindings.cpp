@@ -66,10 +66,16 @@ public:
 
     double run(const Dims& dims, const std::vector<Indices>& inputs) { return run_step(dims, inputs, nullptr); }
 
-    std::vector<double> run_profiled(const Dims& dims, const std::vector<Indices>& inputs) {
-        std::vector<double> seconds;
-        run_step(dims, inputs, &seconds);
-        return seconds;
+    double run_calls(const Dims& dims, const std::vector<Indices>& inputs, int64_t first, int64_t last) {
+        return with_step(dims, inputs, [&](Executor& executor, const int64_t* sizes, const auto& arrays) {
+            return executor.run_calls(sizes, arrays, first, last);
+        });
+    }
+
+    std::pair<double, std::vector<double>> run_profiled(const Dims& dims, const std::vector<Indices>& inputs) {
+        std::vector<double> per_call;
+        const double seconds = run_step(dims, inputs, &per_call);
+        return {seconds, per_call};
     }
 
     // A view; the arena lives as long as the last view of it.
@@ -97,13 +103,20 @@ private:
     }
 
     double run_step(const Dims& dims, const std::vector<Indices>& inputs, std::vector<double>* per_call) {
+        return with_step(dims, inputs, [&](Executor& executor, const int64_t* sizes, const auto& arrays) {
+            return executor.run(sizes, arrays, per_call);
+        });
+    }
+
+    template <typename Run>
+    double with_step(const Dims& dims, const std::vector<Indices>& inputs, const Run& run) {
         const std::shared_ptr<State> state = get();  // let go after the GIL is back
         const int64_t sizes[3] = {std::get<0>(dims), std::get<1>(dims), std::get<2>(dims)};
         std::vector<StepInput> arrays;
         arrays.reserve(inputs.size());
         for (const Indices& input : inputs) arrays.push_back({input.data(), static_cast<int64_t>(input.size())});
         nb::gil_scoped_release release;
-        return state->executor.run(sizes, arrays, per_call);
+        return run(state->executor, sizes, arrays);
     }
 
     std::shared_ptr<State> state_;
@@ -159,8 +172,8 @@ NB_MODULE(_native, m) {
     m.def("supported_isas", &supported_isas, "ISA tiers this machine can run, best last.");
     m.def("cpu_features", &cpu_features, "Vendor, model, flags and cache sizes of the processor.");
     m.def("kernels", &kernels, "isa"_a, "Kernel name -> tier of the implementation that this tier uses.");
-    m.def("measure_peaks", &peaks, "isa"_a, "threads"_a, "seconds"_a = 0.3,
-          "Bytes/s of DRAM and last-level cache reads, operations/s per precision; the best of several tries.");
+    m.def("measure_peaks", &peaks, "isa"_a, "threads"_a, "seconds"_a = 0.2,
+          "Bytes/s of reads from DRAM and each cache, operations/s per precision; the best of several tries.");
     m.def("cache_bytes", &cache_bytes, "kv_heads"_a, "head_dim"_a, "block_size"_a, "num_blocks"_a, "format"_a,
           "Size of the KV cache of one layer; format 0 is f32, 1 is bf16.");
     nb::class_<PyExecutor>(m, "Executor", "A flat list of kernel calls and the threads that walk it.")
@@ -173,7 +186,9 @@ NB_MODULE(_native, m) {
         .def("run", &PyExecutor::run, "dims"_a, "inputs"_a.noconvert(),
              "Runs one step with dims (T, S, N); returns seconds.")
         .def("run_profiled", &PyExecutor::run_profiled, "dims"_a, "inputs"_a.noconvert(),
-             "Like run; returns seconds per call.")
+             "Like run, with a barrier after each stage; returns the seconds of the step and of each call.")
+        .def("run_calls", &PyExecutor::run_calls, "dims"_a, "inputs"_a.noconvert(), "first"_a, "last"_a,
+             "Like run for the calls [first, last) alone, on what earlier runs left in the arena.")
         .def("arena", &PyExecutor::arena, "offset"_a, "rows"_a, "cols"_a, "ld"_a, "A float32 view of the arena.")
         .def("close", &PyExecutor::close,
              "Ends the threads and releases the memory, after the step that runs if one does. Idempotent.");

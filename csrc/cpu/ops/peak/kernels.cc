@@ -21,11 +21,14 @@ PELTON_INLINE float finish(VF (&acc)[kChains]) {
     return sum(total);
 }
 
+template <bool kPrefetch>
 float read_bytes(const char* data, int64_t bytes) {
     VF acc[8] = {};
     constexpr int64_t kStep = 8 * kW * 4;
     for (int64_t i = 0; i + kStep <= bytes; i += kStep) {
-        for (int line = 0; line < kStep; line += 64) __builtin_prefetch(data + i + 4096 + line);
+        if constexpr (kPrefetch) {
+            for (int line = 0; line < kStep; line += 64) __builtin_prefetch(data + i + 4096 + line);
+        }
         PELTON_UNROLL
         for (int v = 0; v < 8; ++v) acc[v] += load(reinterpret_cast<const float*>(data + i + v * kW * 4));
     }
@@ -83,10 +86,11 @@ float int8_rounds(int64_t iterations) {
 
 extern const PeakKernels peak_kernels;
 #if defined(__AVX512BF16__)
-const PeakKernels peak_kernels = {read_bytes,         f32_rounds,         bf16_rounds,       int8_rounds,
-                                  kChains * kW * 2.0, kChains * kW * 4.0, kChains * kW * 8.0};
+const PeakKernels peak_kernels = {read_bytes<true>, read_bytes<false>,  f32_rounds,         bf16_rounds,
+                                  int8_rounds,      kChains * kW * 2.0, kChains * kW * 4.0, kChains * kW * 8.0};
 #else
-const PeakKernels peak_kernels = {read_bytes, f32_rounds, nullptr, nullptr, kChains * kW * 2.0, 0.0, 0.0};
+const PeakKernels peak_kernels = {read_bytes<true>, read_bytes<false>,  f32_rounds, nullptr,
+                                  nullptr,          kChains * kW * 2.0, 0.0,        0.0};
 #endif
 
 }  // namespace pelton::cpu::PELTON_ISA
