@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..graph import CacheType, Graph, Node, TensorType
+from ..graph import OPS, CacheType, Graph, Node, TensorType
 from ..graph.rope import RopeSpec
 from .memory import plan_memory
+from .names import module_of, weight_module
 from .program import Buffer, CacheRef, Call, Constant, ConstantRef, InputRef, Operand, Program, View
 
 #: How each constant operand is packed: op -> packing per operand index; all others are vectors.
@@ -51,6 +52,7 @@ class _Lowering:
         self.constants: dict[Constant, int] = {}
         self.buffers: list[Buffer] = []
         self.calls: list[Call] = []
+        self.names: dict[Node, tuple[int, str]] = {}  # number and name of the call that computes a node
 
     def node(self, node: Node) -> None:
         if node.op == "input":
@@ -62,10 +64,12 @@ class _Lowering:
             assert isinstance(whole, View)
             width = node.attrs["stop"] - node.attrs["start"]
             self.values[node] = View(whole.buffer, whole.start + node.attrs["start"], width)
+            self.names[node] = self.names[node.inputs[0]]
         elif node.op == "item":
             parts = self.values[node.inputs[0]]
             assert isinstance(parts, tuple)
             self.values[node] = parts[node.attrs["index"]]
+            self.names[node] = self.names[node.inputs[0]]
         else:
             self._call(node)
 
@@ -95,8 +99,21 @@ class _Lowering:
                 assert cache is not None
                 results.append(cache)
         outputs = tuple(r for r in results if isinstance(r, View))
-        self.calls.append(Call(node.op, outputs, tuple(operands), dict(node.attrs)))
+        row, input_types = OPS[node.op], [x.type for x in node.inputs]
+        flops, moved = (cost(node.attrs, node.type, *input_types) for cost in (row.flops, row.bytes))
+        name = self._name(node)
+        self.names[node] = (len(self.calls), name)
+        self.calls.append(Call(node.op, outputs, tuple(operands), dict(node.attrs), name, flops, moved))
         self.values[node] = tuple(results) if len(results) > 1 else results[0]
+
+    def _name(self, node: Node) -> str:
+        """Its weight's module; without a weight, the op in the module of the operand that was computed last."""
+        constants = Graph("", tuple(x for x in node.inputs if x.is_constant))
+        if own := weight_module([weight.name for weight in constants.leaves("weight")]):
+            return own
+        _, before = max((self.names[x] for x in node.inputs if x in self.names), default=(0, ""))
+        parent = module_of(before)
+        return f"{parent}.{node.op}" if parent else node.op
 
     def _operand(self, node: Node, index: int, x: Node) -> Operand:
         if x.is_constant:
