@@ -144,11 +144,11 @@ nb::dict kernels(const std::string& isa) {
     return result;
 }
 
-nb::dict peaks(const std::string& isa, int threads, double seconds) {
+nb::dict peaks(const std::string& isa, int threads, double seconds, const std::vector<std::string>& names) {
     std::vector<std::pair<std::string, double>> values;
     {
         nb::gil_scoped_release release;
-        values = measure_peaks(isa, threads, seconds);
+        values = measure_peaks(isa, threads, seconds, names);
     }
     nb::dict result;
     for (const auto& [name, value] : values) result[name.c_str()] = value;
@@ -172,7 +172,7 @@ NB_MODULE(_native, m) {
     m.def("supported_isas", &supported_isas, "ISA tiers this machine can run, best last.");
     m.def("cpu_features", &cpu_features, "Vendor, model, flags and cache sizes of the processor.");
     m.def("kernels", &kernels, "isa"_a, "Kernel name -> tier of the implementation that this tier uses.");
-    m.def("measure_peaks", &peaks, "isa"_a, "threads"_a, "seconds"_a = 0.2,
+    m.def("measure_peaks", &peaks, "isa"_a, "threads"_a, "seconds"_a = 0.2, "names"_a = std::vector<std::string>(),
           "Bytes/s of reads from DRAM and each cache, operations/s per precision; the best of several tries.");
     m.def("cache_bytes", &cache_bytes, "kv_heads"_a, "head_dim"_a, "block_size"_a, "num_blocks"_a, "format"_a,
           "Size of the KV cache of one layer; format 0 is f32, 1 is bf16.");

@@ -17,8 +17,8 @@ namespace {
 constexpr int64_t kDramBytes = int64_t{512} << 20;
 // 12 chains times this is some 50 us, long against the barrier and short against a time slice.
 constexpr int64_t kRounds = 20000;
-// What a measurement of a cache reads in all, for the same reason.
-constexpr int64_t kCacheReads = int64_t{16} << 20;
+// What one measurement of a bandwidth reads, for the same reasons: half a millisecond from DRAM.
+constexpr int64_t kReads = int64_t{16} << 20;
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
@@ -55,30 +55,40 @@ double best_rate(ThreadPool& pool, double amount, double seconds, const std::fun
 
 }  // namespace
 
-std::vector<std::pair<std::string, double>> measure_peaks(const std::string& isa, int threads, double seconds) {
+std::vector<std::pair<std::string, double>> measure_peaks(const std::string& isa, int threads, double seconds,
+                                                          const std::vector<std::string>& names) {
     if (threads < 1 || threads > 1024) throw std::invalid_argument("threads must be 1 to 1024");
     if (!(seconds >= 0.0 && seconds <= 60.0)) throw std::invalid_argument("seconds must be 0 to 60");
     const PeakKernels& kernels = peak_kernels(isa);
     ThreadPool pool(threads);
     std::vector<std::pair<std::string, double>> peaks;
+    const auto measure = [&](const char* name, double amount, const std::function<float(int)>& work) {
+        const bool wanted = names.empty() || std::find(names.begin(), names.end(), name) != names.end();
+        if (wanted) peaks.emplace_back(name, best_rate(pool, amount * threads, seconds, work));
+    };
 
+    // Slice after slice, round and round: each has left the caches when its turn comes again.
     const int64_t part = kDramBytes / threads / 4096 * 4096;
+    const int64_t slice = std::clamp(kReads / threads, int64_t{1} << 20, part);
     Mapping buffer(part * threads);
-    pool.run([&](int t) { std::memset(buffer.data() + t * part, 0, part); });  // each thread touches its own part
-    peaks.emplace_back("read_bandwidth", best_rate(pool, static_cast<double>(part) * threads, seconds, [&](int t) {
-                           return kernels.read(buffer.data() + t * part, part);
-                       }));
+    std::vector<int64_t> at(threads * 8, -1);  // a cache line each
+    measure("read_bandwidth", static_cast<double>(slice), [&](int t) {
+        int64_t& offset = at[t * 8];
+        char* own = buffer.data() + t * part;
+        if (offset < 0) std::memset(own, 0, part);  // each thread touches its own part; this time does not count
+        offset = offset < 0 || offset + 2 * slice > part ? 0 : offset + slice;
+        return kernels.read(own + offset, slice);
+    });
+
     const Features features = detect_features();
     const auto cache = [&](const char* name, int64_t bytes) {
         bytes = std::min(bytes, part) / 4096 * 4096;
-        const int64_t passes = (kCacheReads + bytes - 1) / bytes;
-        peaks.emplace_back(name, best_rate(pool, static_cast<double>(bytes * passes) * threads, seconds, [&](int t) {
-                               float total = 0.0f;
-                               for (int64_t i = 0; i < passes; ++i) {
-                                   total += kernels.read_cache(buffer.data() + t * part, bytes);
-                               }
-                               return total;
-                           }));
+        const int64_t passes = (kReads + bytes - 1) / bytes;
+        measure(name, static_cast<double>(bytes * passes), [&, bytes, passes](int t) {
+            float total = 0.0f;
+            for (int64_t i = 0; i < passes; ++i) total += kernels.read_cache(buffer.data() + t * part, bytes);
+            return total;
+        });
     };
     const int64_t l1 = features.l1_bytes > 0 ? features.l1_bytes : 32 << 10;
     const int64_t l2 = features.l2_bytes > l1 ? features.l2_bytes : 512 << 10;
@@ -87,10 +97,9 @@ std::vector<std::pair<std::string, double>> measure_peaks(const std::string& isa
     cache("l3_bandwidth", std::clamp(features.l3_bytes / threads / 2, l2 + l2 / 2, 4 * l2));
     cache("l2_bandwidth", std::max(l2 / 2, 2 * l1));
     cache("l1_bandwidth", l1 / 2);
+
     const auto compute = [&](const char* name, float (*kernel)(int64_t), double ops) {
-        if (!kernel) return;
-        peaks.emplace_back(name,
-                           best_rate(pool, ops * kRounds * threads, seconds, [&](int) { return kernel(kRounds); }));
+        if (kernel) measure(name, ops * kRounds, [kernel](int) { return kernel(kRounds); });
     };
     compute("f32", kernels.f32, kernels.f32_ops);
     compute("bf16", kernels.bf16, kernels.bf16_ops);

@@ -1,0 +1,67 @@
+"""What a call costs on this backend: the op table's count, with weights in the size they are packed in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...graph import BF16, F16, F32
+from ...graph.cost import Cost, StepShape, element_bytes, total
+from ...program import CacheRef, Call, ConstantRef, Program
+from ..base import CallStats
+
+#: Tiers that multiply in bf16 next to bf16 and quantized weights and a bf16 KV cache; the others do in f32.
+_BF16_TIERS = frozenset({"avx512_bf16"})
+
+
+@dataclass(frozen=True, slots=True)
+class CallCost:
+    """Polynomials in the sizes of a step; see :class:`~pelton.backends.base.CallStats`."""
+
+    call: Call
+    flops: Cost
+    streamed: Cost
+    activations: Cost
+    precision: str
+
+    def stats(self, shape: StepShape, seconds: float) -> CallStats:
+        flops, streamed, activations = (shape.evaluate(c) for c in (self.flops, self.streamed, self.activations))
+        return CallStats(self.call.name, self.call.kernel, seconds, flops, streamed, activations, self.precision)
+
+
+def call_costs(program: Program, packed_bytes: Sequence[int], isa: str) -> list[CallCost]:
+    """The cost of every call of a program, in order. packed_bytes: the size of each constant."""
+    return [_cost(program, packed_bytes, call, isa) for call in program.calls]
+
+
+def _cost(program: Program, packed_bytes: Sequence[int], call: Call, isa: str) -> CallCost:
+    streamed = [{name: factor for name, factor in call.bytes.items() if name.startswith("read/")}]
+    activations = [{name: factor for name, factor in call.bytes.items() if name in ("T", "S", "N")}]
+    for operand in call.operands:
+        if not isinstance(operand, ConstantRef):
+            continue
+        constant = program.constants[operand.index]
+        if constant.packing == "rows":  # the table's rows are counted in the op's bytes, in their stored size
+            assert constant.expr is not None
+            table, rows = constant.expr.tensor, program.rows_of(call)
+            streamed.append({rows: packed_bytes[operand.index] / int(table.shape[0])})
+            activations.append({rows: -element_bytes(table) * int(table.shape[1])})
+        elif constant.expr is not None:
+            streamed.append({"1": float(packed_bytes[operand.index])})
+    return CallCost(call, call.flops, total(streamed), total(activations), _precision(program, call, isa))
+
+
+def _precision(program: Program, call: Call, isa: str) -> str:
+    """The precision that the call's products are made in: which peak it is measured against."""
+    if isa not in _BF16_TIERS:
+        return "f32"
+    if call.kernel == "linear":
+        weight = call.operands[1]
+        assert isinstance(weight, ConstantRef)
+        expr = program.constants[weight.index].expr
+        assert expr is not None
+        return "f32" if expr.tensor.dtype in (F32, F16) else "bf16"
+    if call.kernel == "attention":
+        cache = next(o for o in call.operands if isinstance(o, CacheRef))
+        return "bf16" if program.caches[cache.index].dtype == BF16 else "f32"
+    return "f32"
