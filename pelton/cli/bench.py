@@ -46,7 +46,7 @@ def _chosen(param: str, text: str | None, allowed: Sequence[str], default: Seque
     return tuple(dict.fromkeys(names))
 
 
-def _numbers(param: str, text: str) -> tuple[int, ...]:
+def numbers(param: str, text: str) -> tuple[int, ...]:
     try:
         numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
@@ -129,8 +129,8 @@ def kernels(
         ops=_chosen("op", op or ("linear" if name else None), bench_kernels.OPS, bench_kernels.OPS),
         names=_chosen("name", name, bench_kernels.LINEARS, bench_kernels.LINEARS),
         types=texts,
-        ms=_numbers("m", ms),
-        contexts=_numbers("context", context),
+        ms=numbers("m", ms),
+        contexts=numbers("context", context),
         weights=weights,
         isas=_chosen("ISA", isa, _native.supported_isas(), (choose_isa(None),)),
         threads=threads or usable_cores(),
@@ -143,11 +143,11 @@ def kernels(
     rows: list[Row] = []
     skipped: list[str] = []
     try:
-        with _writable(json_file) as write, _progress(total) as advance:
+        with writable(json_file) as write, _progress(total) as advance:
 
             def show(section: Section, measured: list[Row]) -> None:
                 rows.extend(measured)
-                write(rows)
+                write(json.dumps(rows, indent=1) + "\n")
                 _print_section(out, section, measured)
 
             def skip(case: Any, why: str) -> None:
@@ -164,17 +164,16 @@ def kernels(
 
 
 @contextmanager
-def _writable(path: str | None) -> Iterator[Callable[[Any], None]]:
-    """Yields write(value), which replaces the file's content. Fails now if that will not work in the end."""
+def writable(path: str | None) -> Iterator[Callable[[str], object]]:
+    """Yields write(text), which replaces the file's content. Fails now if that will not work in the end."""
     if path is None:
-        yield lambda value: None
+        yield lambda text: None
         return
-    file = Path(path)
     try:
-        file.write_text("[]\n")
+        Path(path).open("a").close()
     except OSError as error:
         raise PeltonError(f"cannot write {path}: {error.strerror}", "give another file") from None
-    yield lambda value: (file.write_text(json.dumps(value, indent=1) + "\n"), None)[1]
+    yield Path(path).write_text
 
 
 @contextmanager

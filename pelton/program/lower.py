@@ -23,7 +23,7 @@ def lower(graph: Graph, limits: Mapping[str, int], max_positions: int) -> Progra
     Raises:
         ValueError: a matrix that is only known at run time feeds an op that needs a constant.
     """
-    lowering = _Lowering(max_positions)
+    lowering = _Lowering(graph, max_positions)
     for node in graph.nodes:
         lowering.node(node)
     output = lowering.values[graph.outputs[0]]
@@ -44,7 +44,8 @@ def lower(graph: Graph, limits: Mapping[str, int], max_positions: int) -> Progra
 
 
 class _Lowering:
-    def __init__(self, max_positions: int) -> None:
+    def __init__(self, graph: Graph, max_positions: int) -> None:
+        self.users = graph.users
         self.max_positions = max_positions
         self.values: dict[Node, Operand | tuple[Operand, ...]] = {}
         self.inputs: list[str] = []
@@ -108,6 +109,8 @@ class _Lowering:
 
     def _name(self, node: Node) -> str:
         """Its weight's module; without a weight, the op in the module of the operand that was computed last."""
+        if node.op == "linear" and any(u.op == "embedding" for u in self.users[node.inputs[1]]):
+            return "lm_head"  # tied: the weight has the table's name
         constants = Graph("", tuple(x for x in node.inputs if x.is_constant))
         if own := weight_module([weight.name for weight in constants.leaves("weight")]):
             return own
