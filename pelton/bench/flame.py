@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from xml.sax.saxutils import escape, quoteattr
 
 from .profile import Part, Phase
+from .units import duration
 
-_SCALE = ((0.0, (0xC9, 0x3A, 0x4B)), (0.5, (0xE8, 0xA8, 0x38)), (1.0, (0x2A, 0x9D, 0x8F)))
+_SCALE = (
+    (0.0, (0xC9, 0x3A, 0x4B)), (0.35, (0xEF, 0x8A, 0x47)), (0.6, (0xF3, 0xCF, 0x63)), (0.8, (0x9C, 0xCB, 0x86)),
+    (1.0, (0x2A, 0x9D, 0x8F)),
+)  # fmt: skip
 _OUTSIDE = "#c9ccd1"
-_WIDTH, _MARGIN, _ROW = 1200, 20, 26
+_WIDTH, _MARGIN, _ROW = 1200, 20, 28
 _LETTER = 6.7  # pixels of a letter at 12 px
 _FONT = "font-family='ui-sans-serif,system-ui,Segoe UI,Helvetica,Arial,sans-serif'"
 
@@ -17,13 +21,10 @@ _FONT = "font-family='ui-sans-serif,system-ui,Segoe UI,Helvetica,Arial,sans-seri
 def colour(fraction: float) -> str:
     """#rrggbb: red far below the roofline, amber halfway, teal on it."""
     fraction = min(max(fraction, 0.0), 1.0)
-    (low, a), (high, b) = _SCALE[:2] if fraction <= 0.5 else _SCALE[1:]
+    index = next(i for i, (high, _) in enumerate(_SCALE[1:]) if fraction <= high)
+    (low, a), (high, b) = _SCALE[index : index + 2]
     t = (fraction - low) / (high - low)
     return "#" + "".join(f"{round(x + (y - x) * t):02x}" for x, y in zip(a, b, strict=True))
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 
 def svg(model: str, phases: Sequence[Phase]) -> str:
@@ -72,14 +73,17 @@ i {{ display: inline-block; height: 10px; border-radius: 2px; vertical-align: -1
 
 
 def _table(phase: Phase) -> str:
-    head = "".join(f"<th>{h}</th>" for h in ("op", "calls", "time", "of step", "GB/s", "TFLOP/s", "of roof", "bound by"))
+    head = "".join(
+        f"<th>{h}</th>" for h in ("op", "calls", "time", "of step", "GB/s", "TFLOP/s", "of roof", "bound by")
+    )
     rows = []
     for part in phase.by_op():
         share, rate = part.seconds / phase.profiled_seconds, 1 / part.seconds if part.seconds > 0 else 0.0
         bar = f"<i style='width:{120 * share:.0f}px;background:{colour(part.roof_fraction)}'></i>"
         cells = (
-            escape(part.name), f"{part.calls}", _ms(part.seconds), f"{bar}{share:.1%}", f"{part.bytes * rate / 1e9:.1f}",
-            f"{part.flops * rate / 1e12:.3f}", f"{part.roof_fraction:.0%}", escape(part.bound_by),
+            escape(part.name), f"{part.calls}", duration(part.seconds), f"{bar}{share:.1%}",
+            f"{part.bytes * rate / 1e9:.1f}", f"{part.flops * rate / 1e12:.3f}", f"{part.roof_fraction:.0%}",
+            escape(part.bound_by),
         )  # fmt: skip
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f"<section><h2>{escape(phase.title)}</h2><table><tr>{head}</tr>{''.join(rows)}</table></section>"
@@ -89,8 +93,8 @@ def _legend(parts: list[str], y: float) -> float:
     stops = "".join(f"<stop offset='{p:.0%}' stop-color='{colour(p)}'/>" for p, _ in _SCALE)
     parts.append(f"<defs><linearGradient id='roof'>{stops}</linearGradient></defs>")
     parts.append(_text(_MARGIN, y + 10, "Width is time. Colour is the fraction of the roofline:"))
-    x = _MARGIN + 330
-    parts.append(_text(x - 24, y + 10, "0 %"))
+    x = _MARGIN + 370
+    parts.append(_text(x - 26, y + 10, "0 %"))
     parts.append(f"<rect x='{x}' y='{y}' width='160' height='12' rx='2' fill='url(#roof)'/>")
     parts.append(_text(x + 166, y + 10, "100 %"))
     parts.append(f"<rect x='{x + 230}' y='{y}' width='12' height='12' rx='2' fill='{_OUTSIDE}'/>")
@@ -104,8 +108,8 @@ def _phase(parts: list[str], phase: Phase, y: float) -> float:
     parts.append(
         _text(
             _MARGIN, y + 18,
-            f"{_ms(phase.seconds)} a step without profiling, {rate}; {_ms(phase.profiled_seconds)} with it, of which the "
-            f"roofline allows {_ms(phase.bound_seconds)} ({phase.bound_seconds / phase.profiled_seconds:.0%})",
+            f"{duration(phase.seconds)} without profiling, {rate}; {duration(phase.profiled_seconds)} with it, of "
+            f"which the roofline allows {duration(phase.bound_seconds)} ({phase.bound_seconds / phase.profiled_seconds:.0%})",
             fill="#667085",
         )
     )  # fmt: skip
@@ -113,9 +117,9 @@ def _phase(parts: list[str], phase: Phase, y: float) -> float:
     merged = phase.tree(merge=True)
     scale = (_WIDTH - 2 * _MARGIN) / phase.profiled_seconds
     depth = _icicle(parts, merged, _MARGIN, y, scale, phase.profiled_seconds, 0)
-    outside = phase.profiled_seconds - phase.call_seconds
     left = _MARGIN + phase.call_seconds * scale
-    _cell(parts, left, y + _ROW, outside * scale, "outside", f"outside calls: {_ms(outside)}", _OUTSIDE)
+    outside = phase.outside_seconds
+    _cell(parts, left, y + _ROW, outside * scale, "outside", f"outside calls: {duration(outside)}", _OUTSIDE)
     y += (depth + 1) * _ROW + 22
     parts.append(_text(_MARGIN, y, "every layer, in order", fill="#667085"))
     single = phase.tree(merge=False)
@@ -136,10 +140,10 @@ def _icicle(parts: list[str], part: Part, x: float, y: float, scale: float, whol
     calls = f"{part.calls} calls, " if part.calls > 1 else ""
     rate = 1 / part.seconds if part.seconds > 0 else 0.0
     hint = (
-        f"{part.name}: {calls}{_ms(part.seconds)}, {part.seconds / whole:.1%} of the step; {roof}; "
+        f"{part.name}: {calls}{duration(part.seconds)}, {part.seconds / whole:.1%} of the step; {roof}; "
         f"{part.bytes * rate / 1e9:.1f} GB/s, {part.flops * rate / 1e12:.3f} TFLOP/s"
     )
-    label = f"{part.name} {part.seconds / whole:.0%}"
+    label = "step" if part.name == "step" else f"{part.name} {part.seconds / whole:.0%}"
     _cell(parts, x, y, width, label, hint, colour(part.roof_fraction))
     depth = 0
     for child in part.children.values():
@@ -155,7 +159,7 @@ def _cell(parts: list[str], x: float, y: float, width: float, label: str, hint: 
     name = label.rpartition(" ")[0] or label
     shown = label if len(label) <= letters else name if len(name) <= letters else ""
     gap = 0.8 if width > 3 else 0.0
-    text = _text(x + 4, y + 17, shown, fill="#10151c") if shown else ""
+    text = _text(x + 4, y + 18, shown, fill="#10151c") if shown else ""
     parts.append(
         f"<g class='cell'><title>{escape(hint)}</title><rect x='{x:.2f}' y='{y}' width='{max(width - gap, 0.05):.2f}' "
         f"height='{_ROW - 2}' rx='2' fill={quoteattr(fill)}/>{text}</g>"
@@ -163,4 +167,6 @@ def _cell(parts: list[str], x: float, y: float, width: float, label: str, hint: 
 
 
 def _text(x: float, y: float, text: str, *, size: int = 12, weight: int = 400, fill: str = "#1c2430") -> str:
-    return f"<text x='{x:.1f}' y='{y:.1f}' font-size='{size}' font-weight='{weight}' fill='{fill}'>{escape(text)}</text>"
+    return (
+        f"<text x='{x:.1f}' y='{y:.1f}' font-size='{size}' font-weight='{weight}' fill='{fill}'>{escape(text)}</text>"
+    )

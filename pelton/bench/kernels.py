@@ -6,6 +6,7 @@ step's other calls only prepare operands and are left out (``CpuExecutor.run_cal
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -53,8 +54,8 @@ _TABLE_ROWS = 256  # of the random tables that activations are looked up in
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What to measure. names: of the products; types: texts of element types; weights: where they lie, "dram", "cache" or "both";
-    seconds: per point, more if a single call takes longer."""
+    """What to measure. names: of the products; types: texts of element types; weights: where they lie, "dram",
+    "cache" or "both"; seconds: per point, more if a single call takes longer."""
 
     models: Sequence[str] = DEFAULT_MODELS
     ops: Sequence[str] = OPS
@@ -152,7 +153,7 @@ def bench(
 
 
 def _places(case: Case, settings: Settings) -> Sequence[str]:
-    if case.op not in _STREAMING:
+    if case.op not in STREAMING:
         return ("cache",)  # activations, which the call before has just written
     places = ("dram", "cache") if settings.weights == "both" else (settings.weights,)
     fits = case.call_bytes <= _l3_bytes() / 2
@@ -181,9 +182,7 @@ class _Point:
     def row(self, meter: PeakMeter, isa: str, threads: int) -> Row:
         case, peaks = self.case, meter.peaks()
         size = self.stats.bytes
-        bound: Bound = peaks.bound(
-            self.stats, streamed_from="memory" if self.place == "dram" else peaks.level(size)
-        )
+        bound: Bound = peaks.bound(self.stats, streamed_from="memory" if self.place == "dram" else peaks.level(size))
         return {
             "op": case.op,
             "weight_type": case.weight_type,
@@ -222,9 +221,7 @@ def _cases(model: ModelShape, op: str, settings: Settings) -> Iterator[Case]:
                 yield Case(model, op, name, text, n, k, ms, _linear(n, k, dtype), round(n * k * _bits(dtype) / 8))
     elif op == "embedding":
         for text, dtype in types:
-            yield Case(
-                model, op, op, text, model.hidden, model.vocab, tuple(settings.ms), _embedding(model, dtype), 0
-            )
+            yield Case(model, op, op, text, model.hidden, model.vocab, tuple(settings.ms), _embedding(model, dtype), 0)
     elif op in ("attention_decode", "attention_prefill"):
         cache = CacheType(model.kv_heads, model.head_dim, F32 if all(t == F32 for _, t in types) else BF16)
         token = 2 * model.kv_heads * model.head_dim * cache.dtype.bits // 8
@@ -246,7 +243,7 @@ def _cases(model: ModelShape, op: str, settings: Settings) -> Iterator[Case]:
 
 
 #: Ops whose weights or caches are larger than what they compute on.
-_STREAMING = ("linear", "attention_decode", "attention_prefill")
+STREAMING = ("linear", "attention_decode", "attention_prefill")
 
 
 def _bits(dtype: ElementType) -> float:
@@ -314,15 +311,15 @@ def _plain(model: ModelShape, op: str) -> Callable[[int], Graph]:
 
 
 def _measure(case: Case, place: str, isa: str, settings: Settings) -> Iterator[_Point]:
-    streaming = case.op in _STREAMING
+    streaming = case.op in STREAMING
     copies = -(-_cold_bytes() // max(1, case.call_bytes)) if place == "dram" and streaming else 1
     limit = max(*case.ms, _FILL if case.context else 1)
     sequences = case.ms[0] if case.op == "attention_decode" else 1
     length = case.context or limit
     blocks = -(-length // _BLOCK_SIZE)
     program = lower(case.graph(copies), {"T": limit, "S": sequences, "N": 1}, max(length, 1))
-    before = [c for c in program.calls if c.kernel != case.kernel or (c.name.endswith("table"))]
-    timed = [c for c in program.calls if c not in before]
+    before = [c for c in program.calls if c.kernel != case.kernel]
+    timed = [c for c in program.calls if c.kernel == case.kernel]
     if place == "cache":  # the same call again and again
         timed = timed * (_REPEATED if not streaming else max(1, min(_REPEATED, (1 << 24) // max(1, case.call_bytes))))
     program = plan_memory(replace(program, calls=(*before, *timed)))
@@ -366,7 +363,8 @@ def _check_memory(program: Program, num_blocks: int) -> None:
         packed = sum(constant_bytes(c) for c in program.constants)
     except ValueError as error:
         raise _SkippedError(str(error)) from None
-    largest = max((4 * int(np.prod(c.expr.tensor.shape)) for c in program.constants if c.expr is not None), default=0)
+    shapes = [c.expr.tensor.shape for c in program.constants if c.expr is not None]
+    largest = max((4 * math.prod(int(d) for d in shape) for shape in shapes), default=0)  # random values, unpacked
     need = packed + largest + program.arena_bytes + num_blocks * cache_bytes_per_block(program, _BLOCK_SIZE)
     free = available_memory()
     if need > free:

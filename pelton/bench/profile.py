@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..backends.base import Batch, CallStats, SampleSpec, ScheduledSequence, StepProfile
+from ..backends.base import Batch, SampleSpec, ScheduledSequence, StepProfile
 from ..backends.cpu.executor import CpuExecutor
 from ..build import Built
 from ..config import SamplingParams
@@ -61,8 +62,9 @@ class Phase:
     """What was measured of one kind of work: a whole prefill, or a decode step.
 
     seconds: from the batch to its tokens, as the engine sees it, without profiling; of these native_seconds in native
-    code. profiled_seconds: the same native work with a barrier and a clock reading after every call. calls: in
-    order, each over all steps. All are of the least disturbed of ``repeats`` runs.
+    code; the best of ``repeats`` runs. calls: in order, each over all steps, of as many runs with a barrier and a
+    clock reading after every call; outside_seconds: what those runs took besides. These are medians, of each call by
+    itself: what else the machine does hits another call each time.
     """
 
     kind: str
@@ -73,7 +75,7 @@ class Phase:
     repeats: int
     seconds: float
     native_seconds: float
-    profiled_seconds: float
+    outside_seconds: float
     calls: tuple[Part, ...]
     peaks: Peaks
 
@@ -87,27 +89,35 @@ class Phase:
         return sum(call.seconds for call in self.calls)
 
     @property
+    def profiled_seconds(self) -> float:
+        return self.call_seconds + self.outside_seconds
+
+    @property
     def bound_seconds(self) -> float:
         return sum(call.bound_seconds for call in self.calls)
 
     def by_op(self) -> list[Part]:
-        """Calls of the same op and module added up over the layers, the longest first."""
+        """Calls of the same op, and products of the same module, added up over the layers; the longest first."""
         groups: dict[tuple[str, str], Part] = {}
         for call in self.calls:
-            leaf = call.name.rpartition(".")[2]
-            name = leaf if call.op in ("linear", leaf) else f"{leaf} ({call.op})"
+            name = call.name.rpartition(".")[2] if call.op == "linear" else call.op
             groups.setdefault((call.op, name), Part(name, call.op)).add(call)
         return sorted(groups.values(), key=lambda part: -part.seconds)
 
     def tree(self, *, merge: bool) -> Part:
         """step -> layer -> module -> op. merge: all layers as one."""
         root = Part("step")
+        layers: dict[str, set[str]] = {}
         for call in self.calls:
+            layers.setdefault(path(call.name, merge=merge)[0], set()).add(path(call.name, merge=False)[0])
             node = root
             root.add(call)
             for name in path(call.name, merge=merge):
                 node = node.children.setdefault(name, Part(name, call.op))
                 node.add(call)
+        for name, child in root.children.items():
+            if len(layers[name]) > 1:
+                child.name = f"{name} × {len(layers[name])}"
         return root
 
 
@@ -129,7 +139,7 @@ def profile(
     batch_size: int,
     phases: Sequence[str],
     seconds: float = 2.0,
-    on_work: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_work: Callable[[str, float, float], None] = lambda what, done, total: None,
 ) -> Iterator[Phase]:
     """Run and measure: the prefill of ``batch_size`` prompts, then one decode step of as many sequences per context.
 
@@ -199,7 +209,7 @@ class _Runner:
 
     def measure(
         self, kind: str, context: int, batches: list[Batch], meter: PeakMeter, seconds: float,
-        on_work: Callable[[str, int, int], None],
+        on_work: Callable[[str, float, float], None],
     ) -> Phase:  # fmt: skip
         """Profiled and other runs in turns, so that drift of the machine hits both."""
         plain: list[tuple[float, float]] = []
@@ -208,16 +218,18 @@ class _Runner:
         start = time.perf_counter()
         while len(plain) < _LEAST_REPEATS or time.perf_counter() - start < seconds:
             spent = time.perf_counter() - start
-            on_work(f"{kind}, {context:,} tokens", round(1000 * min(spent / seconds, len(plain) / _LEAST_REPEATS)), 1000)
+            on_work(
+                f"{kind}, {context:,} tokens", round(1000 * min(spent / seconds, len(plain) / _LEAST_REPEATS)), 1000
+            )
             plain.append(self._plain(batches))
             profiled.append([self.executor.profile(batch) for batch in batches])
         meter.measure()
         peaks = meter.peaks()
-        best = min(profiled, key=lambda steps: sum(step.seconds for step in steps))
-        wall, native = min(plain)
+        outside = [sum(s.seconds - sum(c.seconds for c in s.calls) for s in steps) for steps in profiled]
         return Phase(
-            kind, sum(b.num_tokens for b in batches), context, self.batch_size, len(batches), len(plain), wall, native,
-            sum(step.seconds for step in best), added(best, peaks), peaks,
+            kind, sum(b.num_tokens for b in batches), context, self.batch_size, len(batches), len(plain),
+            *min(plain),
+            max(statistics.median(outside), 0.0), calls_of(profiled, peaks), peaks,
         )  # fmt: skip
 
     def _plain(self, batches: list[Batch]) -> tuple[float, float]:
@@ -226,17 +238,15 @@ class _Runner:
         return time.perf_counter() - start, native
 
 
-def added(steps: Iterable[StepProfile], peaks: Peaks) -> tuple[Part, ...]:
-    """Each call of a program over all steps."""
-    return tuple(_sum(calls, peaks) for calls in zip(*(step.calls for step in steps), strict=True))
-
-
-def _sum(calls: Sequence[CallStats], peaks: Peaks) -> Part:
-    part = Part(calls[0].name, calls[0].op)
-    for call in calls:
-        bound = peaks.bound(call)
-        part.add(Part("", "", 1, call.seconds, call.flops, call.bytes, {bound.by: bound.seconds}))
-    return part
+def calls_of(runs: Sequence[Sequence[StepProfile]], peaks: Peaks) -> tuple[Part, ...]:
+    """Each call of the program over the steps of a run, its time the median of the runs."""
+    parts = [Part(call.name, call.op) for call in runs[0][0].calls]
+    for number, step in enumerate(runs[0]):
+        for index, call in enumerate(step.calls):
+            seconds = statistics.median(run[number].calls[index].seconds for run in runs)
+            bound = peaks.bound(call)
+            parts[index].add(Part("", "", 1, seconds, call.flops, call.bytes, {bound.by: bound.seconds}))
+    return tuple(parts)
 
 
 def as_json(phase: Phase) -> dict[str, object]:

@@ -72,23 +72,20 @@ class PeakMeter:
     def __init__(self, isa: str, threads: int) -> None:
         from ..backends.cpu import _native
 
-        self._measure = lambda: {
-            **_native.measure_peaks(isa, threads, _CORE_SECONDS, _CORE),
-            **_native.measure_peaks(isa, threads, _MEMORY_SECONDS, ["read_bandwidth"]),
-        }
         features = _native.cpu_features()
+        self._machine = (isa, threads)
         self._caches = (int(features["l1_bytes"]), int(features["l2_bytes"]), int(features["l3_bytes"]))
-        self._threads = threads
-        self._best: dict[str, float] = {}
-        self._last: dict[str, float] = {}
-        self.memory_bandwidths: list[float] = []  # all that were measured, in order
+        self._core: dict[str, float] = {}
+        self._memory: list[float] = []
 
     def measure(self) -> None:
         """Measure now: before the first and after each batch of measurements."""
-        self._before, self._last = self._last, self._measure()
-        self.memory_bandwidths.append(self._last["read_bandwidth"])
-        for name, value in self._last.items():
-            self._best[name] = max(value, self._best.get(name, 0.0))
+        from ..backends.cpu import _native
+
+        for name, value in _native.measure_peaks(*self._machine, _CORE_SECONDS, _CORE).items():
+            self._core[name] = max(value, self._core.get(name, 0.0))
+        memory = _native.measure_peaks(*self._machine, _MEMORY_SECONDS, ["read_bandwidth"])
+        self._memory.append(memory["read_bandwidth"])
 
     def peaks(self) -> Peaks:
         """What counts for all that was measured between the last two calls of ``measure``.
@@ -96,5 +93,4 @@ class PeakMeter:
         Memory is shared with others, so its bandwidth is the better one of the two; what a core can do is
         the best of the whole run.
         """
-        memory = max(p["read_bandwidth"] for p in (self._before, self._last) if p)
-        return Peaks({**self._best, "read_bandwidth": memory}, self._caches, self._threads)
+        return Peaks({"read_bandwidth": max(self._memory[-2:]), **self._core}, self._caches, self._machine[1])

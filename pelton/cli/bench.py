@@ -110,7 +110,7 @@ def kernels(
     from ..bench.shapes import MODELS
     from ..build import usable_cores
     from ..graph.text import parse_dtype
-    from .roofs import console
+    from .roofs import Working, console
 
     if threads is not None and not 1 <= threads <= 1024:
         raise PeltonError(f"threads is {threads}", "give a whole number from 1 to 1024, or leave it out")
@@ -143,18 +143,19 @@ def kernels(
     rows: list[Row] = []
     skipped: list[str] = []
     try:
-        with writable(json_file) as write, _progress(total) as advance:
+        with writable(json_file) as write, Working(total) as working:
 
             def show(section: Section, measured: list[Row]) -> None:
                 rows.extend(measured)
                 write(json.dumps(rows, indent=1) + "\n")
-                _print_section(out, section, measured)
+                with working.hidden():
+                    _print_section(out, section, measured)
 
             def skip(case: Any, why: str) -> None:
                 skipped.append(f"{case.model.name} {case.name} {case.weight_type}: {why}")
-                advance("", len(case.ms))
+                working.advance(None, len(case.ms))
 
-            bench_kernels.bench(settings, show, lambda s: advance(f"{s.model.name} {s.name}", 1), skip)
+            bench_kernels.bench(settings, show, lambda s: working.advance(f"{s.model.name} {s.name}", 1), skip)
     except KeyboardInterrupt:
         click.echo(f"stopped: {len(rows)} of {total} points are measured", err=True)
         raise
@@ -176,42 +177,23 @@ def writable(path: str | None) -> Iterator[Callable[[str], object]]:
     yield Path(path).write_text
 
 
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
-    """Yields advance(what, by): a bar on a terminal, nothing elsewhere."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from .roofs import console
-
-    err = console(stderr=True)
-    if not err.is_terminal:
-        yield lambda what, by: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task("measuring peaks", total=total)
-
-        def advance(what: str, by: int) -> None:
-            progress.update(task, advance=by, **({"description": what} if what else {}))
-
-        yield advance
-
-
 def _print_section(out: Console, section: Section, rows: Sequence[Row]) -> None:
     from rich.table import Table
 
-    from .roofs import bar, duration, number
+    from ..bench.kernels import STREAMING
+    from ..bench.units import duration, number
+    from .roofs import bar, threads_text
 
     first = rows[0]
     attention = first["op"].startswith("attention")
     size = "" if attention else f"  {first['n']:,} × {first['k']:,}" if first["op"] == "linear" else f"  {first['n']:,}"
     out.print(
         f"[bold]{section.model.name}  {first['op'] if first['op'] != 'linear' else 'linear ' + section.name}[/bold]"
-        f"[dim]{size}  {section.isa}, {first['threads']} thread{'s' * (first['threads'] > 1)}[/dim]"
+        f"[dim]{size}  {section.isa}, {threads_text(first['threads'])}[/dim]"
     )
-    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim", expand=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("KV" if attention else "weights" if first["op"] in ("linear", "embedding") else "type")
-    table.add_column("in")
+    table.add_column("acts")
     if attention:
         table.add_column("context", justify="right")
     for title in ("M", "time", "GB/s", "TFLOP/s"):
@@ -224,8 +206,8 @@ def _print_section(out: Console, section: Section, rows: Sequence[Row]) -> None:
         kind = (row["weight_type"], row["weights"])
         if last is not None and kind != last:
             table.add_section()
-        hot = " hot" if row["weights"] == "cache" and row["op"] in ("linear", "attention_decode", "attention_prefill") else ""
-        cells: list[Any] = ["" if kind == last else row["weight_type"] + hot, "" if kind == last else row["activation_type"]]
+        hot = " hot" if row["weights"] == "cache" and row["op"] in STREAMING else ""
+        cells: list[Any] = ["", ""] if kind == last else [row["weight_type"] + hot, row["activation_type"]]
         if attention:
             cells.append(f"{row['n']:,}")
         cells += [f"{row['m']:,}", duration(row["seconds"]), number(row["gb_per_s"]), number(row["tflop_per_s"])]

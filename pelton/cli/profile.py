@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -55,7 +52,7 @@ def profile(
 
     "of roof" is the least time that the roofline allows over the time taken: weights and KV cache stream from memory,
     activations lie in a cache, products run at the peak of their precision; all measured in the same run. Steps are
-    run in turns with and without profiling, which adds a barrier after each call; the least disturbed ones are shown.
+    run in turns with and without profiling, which adds a barrier after each call; the table shows medians.
 
     \b
     Examples:
@@ -70,7 +67,7 @@ def profile(
     from ..config import EngineConfig
     from .bench import numbers, writable
     from .progress import packing_progress
-    from .roofs import console
+    from .roofs import Working, console, threads_text
 
     contexts = numbers("context", context)
     for name, value, most in (("prompt-len", prompt_len, 1 << 20), ("batch-size", batch_size, 1024)):
@@ -89,15 +86,17 @@ def profile(
         with packing_progress() as packing:
             built = build(config, packing)
         name = built.plan.checkpoint.path.name
+        machine = f"{name}, {built.plan.isa}, {threads_text(built.plan.threads)}"
         try:
-            with _working() as on_work:
+            with Working() as working:
                 for measured in run(
                     built, prompt_len=prompt_len if "prefill" in phases else 1,
                     contexts=contexts if "decode" in phases else (1,), batch_size=batch_size, phases=phases,
-                    seconds=seconds, on_work=on_work,
+                    seconds=seconds, on_work=working.at,
                 ):  # fmt: skip
                     done.append(measured)
-                    _print(out, f"{name}, {built.plan.isa}, {built.plan.threads} threads", measured, layers)
+                    with working.hidden():
+                        _print(out, machine, measured, layers)
         finally:
             built.close()
             write_json(json.dumps([as_json(p) for p in done], indent=1) + "\n")
@@ -105,24 +104,8 @@ def profile(
             write_svg(flame.svg(name, done))
 
 
-@contextmanager
-def _working() -> Iterator[Callable[[str, int, int], None]]:
-    """Yields on_work(what, done, total): a bar on a terminal, nothing elsewhere."""
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    from .roofs import console
-
-    err = console(stderr=True)
-    if not err.is_terminal:
-        yield lambda what, done, total: None
-        return
-    with Progress(TextColumn("{task.description}"), BarColumn(), console=err, transient=True) as progress:
-        task = progress.add_task("measuring peaks", total=None)
-        yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
-
-
 def _print(out: Console, machine: str, phase: Phase, layers: bool) -> None:
-    from .roofs import duration
+    from ..bench.units import duration
 
     out.print(f"[bold]{phase.title}[/bold][dim]  {machine}[/dim]")
     rate, fraction = phase.num_tokens / phase.seconds, phase.bound_seconds / phase.seconds
@@ -137,19 +120,20 @@ def _print(out: Console, machine: str, phase: Phase, layers: bool) -> None:
         f"[dim]Without profiling {duration(phase.seconds)}: {duration(phase.native_seconds)} in native code, "
         f"{duration(max(python, 0.0))} of Python (inputs, sampling).\n"
         f"Profiled {duration(phase.profiled_seconds)} ({added:+.0%}): {duration(phase.call_seconds)} in calls, "
-        f"{duration(max(phase.profiled_seconds - phase.call_seconds, 0.0))} outside (planning, waking threads, "
-        f"barriers). Best of {phase.repeats}.[/dim]\n"
+        f"{duration(phase.outside_seconds)} outside (planning, waking threads, "
+        f"barriers); medians of {phase.repeats} runs.[/dim]\n"
     )
 
 
 def _print_ops(out: Console, phase: Phase) -> None:
     from rich.table import Table
 
-    from .roofs import bar, number
+    from ..bench.units import number
+    from .roofs import bar
 
-    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="dim")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), collapse_padding=True, header_style="dim")
     table.add_column("op", no_wrap=True, overflow="ellipsis")
-    for title in ("calls", "ms", "of step", "GB/s", "TFLOP/s", "of roof"):
+    for title in ("calls", "ms", "share", "GB/s", "TFLOP/s", "of roof"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     table.add_column("bound", no_wrap=True)
@@ -158,12 +142,10 @@ def _print_ops(out: Console, phase: Phase) -> None:
         table.add_row(
             part.name, str(part.calls), number(part.seconds * 1e3), f"{part.seconds / phase.profiled_seconds:.1%}",
             number(part.bytes * rate / 1e9), number(part.flops * rate / 1e12), f"{part.roof_fraction:.0%}",
-            bar(part.roof_fraction, 8), part.bound_by,
+            bar(part.roof_fraction, 6), part.bound_by,
         )  # fmt: skip
-    outside = phase.profiled_seconds - phase.call_seconds
-    table.add_row(
-        "outside calls", "", number(max(outside, 0.0) * 1e3), f"{outside / phase.profiled_seconds:.1%}", style="dim"
-    )
+    outside = phase.outside_seconds
+    table.add_row("outside calls", "", number(outside * 1e3), f"{outside / phase.profiled_seconds:.1%}", style="dim")
     out.print(table)
     out.print()
 
@@ -172,12 +154,13 @@ def _print_layers(out: Console, phase: Phase) -> None:
     """A bar for each layer, cut into its ops: length is time, colour the fraction of the roofline."""
     from rich.text import Text
 
-    from .roofs import number
+    from ..bench.units import number
 
     tree = phase.tree(merge=False)
     names = max(map(len, tree.children))
     width = max(20, min(out.width, 160) - names - 20)
-    longest = max(part.seconds for part in tree.children.values())
+    layers = [part.seconds for name, part in tree.children.items() if "." in name]
+    longest = max(layers, default=0.0) or max(part.seconds for part in tree.children.values())
     for part in tree.children.values():
         line = Text(f"{part.name.ljust(names)} {number(part.seconds * 1e3):>6} ms {part.roof_fraction:>5.0%} ")
         line.append_text(_segments(part, width, longest))
@@ -194,7 +177,7 @@ def _segments(part: Part, width: int, longest: float) -> Any:
     out, at, drawn = Text(), 0.0, 0
     for leaf in leaves:
         at += leaf.seconds
-        cells = round(at / longest * width) - drawn
+        cells = min(round(at / longest * width), width) - drawn  # the output layer may be longer than any layer
         drawn += cells
         if cells <= 0:
             continue

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,24 +25,47 @@ def bar(fraction: float, width: int) -> Text:
     return Text(blocks.ljust(width), style=f"{colour(fraction)} on grey15")
 
 
-def duration(seconds: float) -> str:
-    """Three digits and a unit."""
-    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "µs")):
-        if seconds * factor >= 1:
-            return f"{number(seconds * factor)} {unit}"
-    return f"{number(seconds * 1e9)} ns"
+def threads_text(threads: int) -> str:
+    return "1 thread" if threads == 1 else f"{threads} threads"
 
 
-def number(value: float) -> str:
-    """Three digits: 0.123, 1.23, 12.3, 123, 1,234."""
-    return f"{value:,.{0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.9995 else 3}f}"
-
-
-def console(*, stderr: bool = False) -> Console:
-    """A console of the terminal's width; what is piped on is as wide as it needs to be."""
-    import sys
-
+def console() -> Console:
+    """Standard output: a terminal's width, and in a pipe as wide as it needs to be."""
     from rich.console import Console
 
-    stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 160)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+class Working:
+    """A progress bar on stderr if that is a terminal, nothing otherwise. Use as a context."""
+
+    def __init__(self, total: float | None = None) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        console = Console(stderr=True)
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._progress.add_task("measuring peaks", total=total)
+
+    def __enter__(self) -> Working:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def at(self, what: str, done: float, total: float) -> None:
+        self._progress.update(self._task, description=what, completed=done, total=total)
+
+    def advance(self, what: str | None, by: float) -> None:
+        self._progress.update(self._task, advance=by, description=what)
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """Out of the way of what is printed."""
+        self._progress.stop()
+        try:
+            yield
+        finally:
+            self._progress.start()
