@@ -77,7 +77,7 @@ std::vector<std::pair<std::string, double>> measure_peaks(const std::string& isa
         char* own = buffer.data() + t * part;
         if (offset < 0) std::memset(own, 0, part);  // each thread touches its own part; this time does not count
         offset = offset < 0 || offset + 2 * slice > part ? 0 : offset + slice;
-        return kernels.read(own + offset, slice);
+        return (offset / slice % 2 ? kernels.read : kernels.read_plain)(own + offset, slice);
     });
 
     const Features features = detect_features();
@@ -86,7 +86,7 @@ std::vector<std::pair<std::string, double>> measure_peaks(const std::string& isa
         const int64_t passes = (kReads + bytes - 1) / bytes;
         measure(name, static_cast<double>(bytes * passes), [&, bytes, passes](int t) {
             float total = 0.0f;
-            for (int64_t i = 0; i < passes; ++i) total += kernels.read_cache(buffer.data() + t * part, bytes);
+            for (int64_t i = 0; i < passes; ++i) total += kernels.read_plain(buffer.data() + t * part, bytes);
             return total;
         });
     };

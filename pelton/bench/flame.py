@@ -108,8 +108,8 @@ def _phase(parts: list[str], phase: Phase, y: float) -> float:
     parts.append(
         _text(
             _MARGIN, y + 18,
-            f"{duration(phase.seconds)} without profiling, {rate}; {duration(phase.profiled_seconds)} with it, of "
-            f"which the roofline allows {duration(phase.bound_seconds)} ({phase.bound_seconds / phase.profiled_seconds:.0%})",
+            f"{duration(phase.seconds)} without profiling, {rate}; {duration(phase.profiled_seconds)} with it, where "
+            f"the roofline allows {duration(phase.bound_seconds)} ({phase.bound_seconds / phase.profiled_seconds:.0%})",
             fill="#667085",
         )
     )  # fmt: skip

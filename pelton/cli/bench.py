@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,11 +139,11 @@ def kernels(
     total = sum(section.num_points for section in bench_kernels.sections(settings))
     if not total:
         raise PeltonError("nothing of that can be measured", "give a --context of at least --m, or other ops")
-    out = console()
+    out, write = console(), writable(json_file)
     rows: list[Row] = []
     skipped: list[str] = []
     try:
-        with writable(json_file) as write, Working(total) as working:
+        with Working(total) as working:
 
             def show(section: Section, measured: list[Row]) -> None:
                 rows.extend(measured)
@@ -164,17 +164,14 @@ def kernels(
             click.echo(f"skipped {line}", err=True)
 
 
-@contextmanager
-def writable(path: str | None) -> Iterator[Callable[[str], object]]:
-    """Yields write(text), which replaces the file's content. Fails now if that will not work in the end."""
+def writable(path: str | None) -> Callable[[str], object]:
+    """write(text), which replaces the file's content. Fails now if that will not work in the end."""
     if path is None:
-        yield lambda text: None
-        return
-    try:
-        Path(path).open("a").close()
-    except OSError as error:
-        raise PeltonError(f"cannot write {path}: {error.strerror}", "give another file") from None
-    yield Path(path).write_text
+        return lambda text: None
+    file = Path(path)
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise PeltonError(f"cannot write {path}", "give a file in a folder that exists and may be written to")
+    return file.write_text
 
 
 def _print_section(out: Console, section: Section, rows: Sequence[Row]) -> None:

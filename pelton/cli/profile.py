@@ -82,23 +82,24 @@ def profile(
         max_num_seqs=batch_size, max_model_len=longest + 1,
     )  # fmt: skip
     out, done = console(), []
-    with writable(html_file) as write_html, writable(svg_file) as write_svg, writable(json_file) as write_json:
-        with packing_progress() as packing:
-            built = build(config, packing)
-        name = built.plan.checkpoint.path.name
-        machine = f"{name}, {built.plan.isa}, {threads_text(built.plan.threads)}"
-        try:
-            with Working() as working:
-                for measured in run(
-                    built, prompt_len=prompt_len if "prefill" in phases else 1,
-                    contexts=contexts if "decode" in phases else (1,), batch_size=batch_size, phases=phases,
-                    seconds=seconds, on_work=working.at,
-                ):  # fmt: skip
-                    done.append(measured)
-                    with working.hidden():
-                        _print(out, machine, measured, layers)
-        finally:
-            built.close()
+    write_html, write_svg, write_json = writable(html_file), writable(svg_file), writable(json_file)
+    with packing_progress() as packing:
+        built = build(config, packing)
+    name = built.plan.checkpoint.path.name
+    machine = f"{name}, {built.plan.isa}, {threads_text(built.plan.threads)}"
+    try:
+        with Working() as working:
+            for measured in run(
+                built, prompt_len=prompt_len if "prefill" in phases else 1,
+                contexts=contexts if "decode" in phases else (1,), batch_size=batch_size, phases=phases,
+                seconds=seconds, on_work=working.at,
+            ):  # fmt: skip
+                done.append(measured)
+                with working.hidden():
+                    _print(out, machine, measured, layers)
+    finally:
+        built.close()
+        if done:  # what was measured before Ctrl-C as well
             write_json(json.dumps([as_json(p) for p in done], indent=1) + "\n")
             write_html(flame.html(name, done))
             write_svg(flame.svg(name, done))
