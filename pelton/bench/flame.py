@@ -14,6 +14,8 @@ _SCALE = (
 )  # fmt: skip
 _OUTSIDE = "#c9ccd1"
 _WIDTH, _MARGIN, _ROW = 1200, 20, 28
+#: Of a whole step, in pixels.
+PLOT_WIDTH = _WIDTH - 2 * _MARGIN
 _LETTER = 6.7  # pixels of a letter at 12 px
 _FONT = "font-family='ui-sans-serif,system-ui,Segoe UI,Helvetica,Arial,sans-serif'"
 
@@ -115,7 +117,7 @@ def _phase(parts: list[str], phase: Phase, y: float) -> float:
     )  # fmt: skip
     y += 30
     merged = phase.tree(merge=True)
-    scale = (_WIDTH - 2 * _MARGIN) / phase.profiled_seconds
+    scale = PLOT_WIDTH / phase.profiled_seconds
     depth = _icicle(parts, merged, _MARGIN, y, scale, phase.profiled_seconds, 0)
     left = _MARGIN + phase.call_seconds * scale
     outside = phase.outside_seconds

@@ -218,9 +218,8 @@ class _Runner:
         start = time.perf_counter()
         while len(plain) < _LEAST_REPEATS or time.perf_counter() - start < seconds:
             spent = time.perf_counter() - start
-            on_work(
-                f"{kind}, {context:,} tokens", round(1000 * min(spent / seconds, len(plain) / _LEAST_REPEATS)), 1000
-            )
+            done = min(spent / max(seconds, 1e-9), len(plain) / _LEAST_REPEATS)
+            on_work(f"{kind}, {context:,} tokens", done, 1.0)
             plain.append(self._plain(batches))
             profiled.append([self.executor.profile(batch) for batch in batches])
         meter.measure()

@@ -90,7 +90,7 @@ def kernels(
 ) -> None:
     """Measure each op at the shapes of real models, against the roofline of this machine.
 
-    Every op runs through the graph compiler and the executor, as in a real step. "of roof" is the least time that
+    Every op runs through the graph compiler and the executor, as in a real step. "roof" is the least time that
     the machine's limits allow over the time it took: bytes of weights over the memory bandwidth, of activations over
     the bandwidth of the cache that holds them, FLOPs over the peak of the precision. These limits are measured in the
     same run, before and after each table, because they drift on shared machines. Times are the best of many samples.
@@ -126,7 +126,9 @@ def kernels(
             ) from None
     settings = bench_kernels.Settings(
         models=_chosen("model", model, tuple(MODELS), bench_kernels.DEFAULT_MODELS),
-        ops=_chosen("op", op or ("linear" if name else None), bench_kernels.OPS, bench_kernels.OPS),
+        ops=_chosen(
+            "op", op if op is not None else "linear" if name is not None else None, bench_kernels.OPS, bench_kernels.OPS
+        ),
         names=_chosen("name", name, bench_kernels.LINEARS, bench_kernels.LINEARS),
         types=texts,
         ms=numbers("m", ms),
@@ -195,7 +197,7 @@ def _print_section(out: Console, section: Section, rows: Sequence[Row]) -> None:
         table.add_column("context", justify="right")
     for title in ("M", "time", "GB/s", "TFLOP/s"):
         table.add_column(title, justify="right")
-    table.add_column("of roof", justify="right")
+    table.add_column("roof", justify="right")
     table.add_column("")
     table.add_column("bound")
     last = None
@@ -208,7 +210,7 @@ def _print_section(out: Console, section: Section, rows: Sequence[Row]) -> None:
         if attention:
             cells.append(f"{row['n']:,}")
         cells += [f"{row['m']:,}", duration(row["seconds"]), number(row["gb_per_s"]), number(row["tflop_per_s"])]
-        cells += [f"{row['peak_fraction']:.0%}", bar(row["peak_fraction"], 10), row["bound_by"]]
+        cells += [f"{row['peak_fraction']:.0%}", bar(row["peak_fraction"], 6), row["bound_by"]]
         table.add_row(*cells)
         last = kind
     out.print(table)

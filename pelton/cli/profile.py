@@ -50,7 +50,7 @@ def profile(
 ) -> None:
     """Run prefill and decode steps and show, per op, the time against what the machine allows.
 
-    "of roof" is the least time that the roofline allows over the time taken: weights and KV cache stream from memory,
+    "roof" is the least time that the roofline allows over the time taken: weights and KV cache stream from memory,
     activations lie in a cache, products run at the peak of their precision; all measured in the same run. Steps are
     run in turns with and without profiling, which adds a barrier after each call; the table shows medians.
 
@@ -134,7 +134,7 @@ def _print_ops(out: Console, phase: Phase) -> None:
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), collapse_padding=True, header_style="dim")
     table.add_column("op", no_wrap=True, overflow="ellipsis")
-    for title in ("calls", "ms", "share", "GB/s", "TFLOP/s", "of roof"):
+    for title in ("calls", "ms", "share", "GB/s", "TFLOP/s", "roof"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     table.add_column("bound", no_wrap=True)
