@@ -75,9 +75,7 @@ i {{ display: inline-block; height: 10px; border-radius: 2px; vertical-align: -1
 
 
 def _table(phase: Phase) -> str:
-    head = "".join(
-        f"<th>{h}</th>" for h in ("op", "calls", "time", "of step", "GB/s", "TFLOP/s", "of roof", "bound by")
-    )
+    head = "".join(f"<th>{h}</th>" for h in ("op", "calls", "time", "of step", "GB/s", "TFLOP/s", "roof", "bound by"))
     rows = []
     for part in phase.by_op():
         share, rate = part.seconds / phase.profiled_seconds, 1 / part.seconds if part.seconds > 0 else 0.0

@@ -354,8 +354,11 @@ def _measure(case: Case, place: str, isa: str, settings: Settings) -> Iterator[_
 
 
 def _cold_bytes() -> int:
-    """Weights or caches of this size in turns: each is gone from the caches when its turn comes again."""
-    return max(64 << 20, 2 * _l3_bytes())
+    """Weights or caches of this size in turns: each is gone from the caches when its turn comes again.
+
+    Four times the L3: with twice, a cache that replaces lines at random still holds a fifth of them.
+    """
+    return max(128 << 20, 4 * _l3_bytes())
 
 
 def _check_memory(program: Program, num_blocks: int) -> None:

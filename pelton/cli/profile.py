@@ -86,7 +86,7 @@ def profile(
     with packing_progress() as packing:
         built = build(config, packing)
     name = built.plan.checkpoint.path.name
-    machine = f"{name}, {built.plan.isa}, {threads_text(built.plan.threads)}"
+    machine = f"{built.plan.isa}, {threads_text(built.plan.threads)}"
     try:
         with Working() as working:
             for measured in run(
@@ -96,7 +96,7 @@ def profile(
             ):  # fmt: skip
                 done.append(measured)
                 with working.hidden():
-                    _print(out, machine, measured, layers)
+                    _print(out, (name, machine), measured, layers)
     finally:
         built.close()
         if done:  # what was measured before Ctrl-C as well
@@ -105,13 +105,15 @@ def profile(
             write_svg(flame.svg(name, done))
 
 
-def _print(out: Console, machine: str, phase: Phase, layers: bool) -> None:
+def _print(out: Console, where: tuple[str, str], phase: Phase, layers: bool) -> None:
     from ..bench.units import duration
 
-    out.print(f"[bold]{phase.title}[/bold][dim]  {machine}[/dim]")
+    model, machine = where
+    out.print(f"[bold]{phase.title}[/bold]  [dim]{model}[/dim]")
     rate, fraction = phase.num_tokens / phase.seconds, phase.bound_seconds / phase.seconds
     steps = f"{phase.steps} steps" if phase.steps > 1 else "a step"
-    out.print(f"{duration(phase.seconds)} {steps}, {rate:,.1f} tokens/s, {fraction:.0%} of the roofline\n")
+    out.print(f"{duration(phase.seconds)} {steps}, {rate:,.1f} tokens/s, {fraction:.0%} of the roofline", end="")
+    out.print(f"  [dim]{machine}[/dim]\n")
     _print_ops(out, phase)
     if layers:
         _print_layers(out, phase)
@@ -184,8 +186,8 @@ def _segments(part: Part, width: int, longest: float) -> Any:
             continue
         label = leaf.name if len(leaf.name) < cells else leaf.name[: cells - 1]
         # The last column of a segment stays dark, so that two of one colour can be told apart.
-        out.append(label.ljust(cells - 1), style=f"black on {colour(leaf.roof_fraction)}")
-        out.append("▏", style=f"black on {colour(leaf.roof_fraction)}")
+        out.append(label.ljust(cells - 1), style=f"#10151c on {colour(leaf.roof_fraction)}")
+        out.append("▏", style=f"#10151c on {colour(leaf.roof_fraction)}")
     return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..graph import OPS, CacheType, Graph, Node, TensorType
+from ..graph.cost import total
 from ..graph.rope import RopeSpec
 from .memory import plan_memory
 from .names import module_of, weight_module
@@ -37,8 +38,8 @@ def lower(graph: Graph, limits: Mapping[str, int], max_positions: int) -> Progra
         tuple(lowering.buffers),
         tuple(lowering.calls),
         output,
-        graph.flops,
-        graph.bytes,
+        total([call.flops for call in lowering.calls]),
+        total([call.bytes for call in lowering.calls]),
     )
     return plan_memory(program)
 
@@ -111,8 +112,7 @@ class _Lowering:
         """Its weight's module; without a weight, the op in the module of the operand that was computed last."""
         if node.op == "linear" and any(u.op == "embedding" for u in self.users[node.inputs[1]]):
             return "lm_head"  # tied: the weight has the table's name
-        constants = Graph("", tuple(x for x in node.inputs if x.is_constant))
-        if own := weight_module([weight.name for weight in constants.leaves("weight")]):
+        if own := weight_module([name for x in node.inputs for name in _weights(x)]):
             return own
         _, before = max((self.names[x] for x in node.inputs if x in self.names), default=(0, ""))
         parent = module_of(before)
@@ -129,3 +129,10 @@ class _Lowering:
 
     def _constant(self, constant: Constant) -> ConstantRef:
         return ConstantRef(self.constants.setdefault(constant, len(self.constants)))
+
+
+def _weights(expr: Node) -> list[str]:
+    """Names of the weights that a constant is made of; none if it is no constant."""
+    if expr.op == "weight":
+        return [expr.name]
+    return [name for x in expr.inputs for name in _weights(x)] if expr.is_constant else []

@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from ..host import HostExecutor
 from ..step_inputs import StepInputs, step_inputs
 from . import packing
 from .calls import CACHE_FORMATS, native_calls
-from .costs import call_costs
+from .costs import CallCost, call_costs
 from .packed_cache import open_or_pack
 
 Bytes = npt.NDArray[np.uint8]
@@ -102,7 +103,7 @@ class CpuExecutor(HostExecutor):
         read_once = sum(constant_bytes(c) for c in program.constants if c.packing in ("panels", "vector"))
         super().__init__(kv_spec, sampler, program.flops, {**program.bytes, "1": float(read_once)})
         self.program = program
-        self.costs = call_costs(program, [constant_bytes(c) for c in program.constants], isa)
+        self._isa = isa
         self._publishing: threading.Thread | None = None
         self._native = _native.Executor(isa, threads, max(program.arena_bytes, 64))
         for data in self._pack(read, content_key, on_packed):
@@ -156,6 +157,11 @@ class CpuExecutor(HostExecutor):
 
     def _inputs(self, inputs: StepInputs) -> list[npt.NDArray[np.int32]]:
         return [inputs.arrays[name].reshape(-1) for name in self.program.inputs]
+
+    @cached_property
+    def costs(self) -> list[CallCost]:
+        """What each call costs, in order."""
+        return call_costs(self.program, [constant_bytes(c) for c in self.program.constants], self._isa)
 
     def profile(self, batch: Batch) -> StepProfile:
         """Run a step without sampling from it and measure each call, with a barrier after it."""
