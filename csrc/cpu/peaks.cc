@@ -13,8 +13,8 @@
 namespace pelton::cpu {
 namespace {
 
-// Larger than the last-level cache of nearly all sockets, so that reads come from DRAM.
-constexpr int64_t kDramBytes = int64_t{512} << 20;
+// Four times the L3 for each thread, as each may sit beside an L3 of its own, within reason: reads come from DRAM.
+constexpr int64_t kLeastDramBytes = int64_t{128} << 20, kMostDramBytes = int64_t{512} << 20;
 // 12 chains times this is some 50 us, long against the barrier and short against a time slice.
 constexpr int64_t kRounds = 20000;
 // What one measurement of a bandwidth reads, for the same reasons: half a millisecond from DRAM.
@@ -67,9 +67,11 @@ std::vector<std::pair<std::string, double>> measure_peaks(const std::string& isa
         if (wanted) peaks.emplace_back(name, best_rate(pool, amount * threads, seconds, work));
     };
 
+    const Features features = detect_features();
     // Slice after slice, round and round: each has left the caches when its turn comes again.
-    const int64_t part = kDramBytes / threads / 4096 * 4096;
-    const int64_t slice = std::clamp(kReads / threads, int64_t{1} << 20, part);
+    const int64_t l3 = features.l3_bytes > 0 ? features.l3_bytes : kMostDramBytes;
+    const int64_t part = std::clamp(4 * l3 * threads, kLeastDramBytes, kMostDramBytes) / threads / 4096 * 4096;
+    const int64_t slice = std::min(std::max(kReads / threads, int64_t{1} << 20), part);
     Mapping buffer(part * threads);
     std::vector<int64_t> at(threads * 8, -1);  // a cache line each
     measure("read_bandwidth", static_cast<double>(slice), [&](int t) {
@@ -80,7 +82,6 @@ std::vector<std::pair<std::string, double>> measure_peaks(const std::string& isa
         return (offset / slice % 2 ? kernels.read : kernels.read_plain)(own + offset, slice);
     });
 
-    const Features features = detect_features();
     const auto cache = [&](const char* name, int64_t bytes) {
         bytes = std::min(bytes, part) / 4096 * 4096;
         const int64_t passes = (kReads + bytes - 1) / bytes;
