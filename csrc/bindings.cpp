@@ -67,6 +67,12 @@ public:
 
     double run(const Dims& dims, const std::vector<Indices>& inputs) { return run_step(dims, inputs, nullptr); }
 
+    double run_calls(const Dims& dims, const std::vector<Indices>& inputs, int64_t first, int64_t last) {
+        return with_step(dims, inputs, [&](Executor& executor, const int64_t* sizes, const auto& arrays) {
+            return executor.run_calls(sizes, arrays, first, last);
+        });
+    }
+
     std::vector<double> run_profiled(const Dims& dims, const std::vector<Indices>& inputs) {
         std::vector<double> seconds;
         run_step(dims, inputs, &seconds);
@@ -98,13 +104,20 @@ private:
     }
 
     double run_step(const Dims& dims, const std::vector<Indices>& inputs, std::vector<double>* per_call) {
+        return with_step(dims, inputs, [&](Executor& executor, const int64_t* sizes, const auto& arrays) {
+            return executor.run(sizes, arrays, per_call);
+        });
+    }
+
+    template <typename Run>
+    double with_step(const Dims& dims, const std::vector<Indices>& inputs, const Run& run) {
         const std::shared_ptr<State> state = get();  // let go after the GIL is back
         const int64_t sizes[3] = {std::get<0>(dims), std::get<1>(dims), std::get<2>(dims)};
         std::vector<StepInput> arrays;
         arrays.reserve(inputs.size());
         for (const Indices& input : inputs) arrays.push_back({input.data(), static_cast<int64_t>(input.size())});
         nb::gil_scoped_release release;
-        return state->executor.run(sizes, arrays, per_call);
+        return run(state->executor, sizes, arrays);
     }
 
     std::shared_ptr<State> state_;
@@ -132,11 +145,11 @@ nb::dict kernels(const std::string& isa) {
     return result;
 }
 
-nb::dict peaks(const std::string& isa, int threads, double seconds) {
+nb::dict peaks(const std::string& isa, int threads, double seconds, const std::vector<std::string>& names) {
     std::vector<std::pair<std::string, double>> values;
     {
         nb::gil_scoped_release release;
-        values = measure_peaks(isa, threads, seconds);
+        values = measure_peaks(isa, threads, seconds, names);
     }
     nb::dict result;
     for (const auto& [name, value] : values) result[name.c_str()] = value;
@@ -164,8 +177,8 @@ NB_MODULE(_native, m) {
         "has_int8_products",
         [](const std::string& isa) { return (find_kernel(isa, "linear")->traits & linear::kInt8Dot) != 0; }, "isa"_a,
         "Whether the tier multiplies quantized weights with int8 activations.");
-    m.def("measure_peaks", &peaks, "isa"_a, "threads"_a, "seconds"_a = 0.3,
-          "Bytes/s of DRAM and last-level cache reads, operations/s per precision; the best of several tries.");
+    m.def("measure_peaks", &peaks, "isa"_a, "threads"_a, "seconds"_a = 0.2, "names"_a = std::vector<std::string>(),
+          "Bytes/s of reads from DRAM and each cache, operations/s per precision; the best of several tries.");
     m.def("cache_bytes", &cache_bytes, "kv_heads"_a, "head_dim"_a, "block_size"_a, "num_blocks"_a, "format"_a,
           "Size of the KV cache of one layer; format 0 is f32, 1 is bf16.");
     nb::class_<PyExecutor>(m, "Executor", "A flat list of kernel calls and the threads that walk it.")
@@ -178,7 +191,9 @@ NB_MODULE(_native, m) {
         .def("run", &PyExecutor::run, "dims"_a, "inputs"_a.noconvert(),
              "Runs one step with dims (T, S, N); returns seconds.")
         .def("run_profiled", &PyExecutor::run_profiled, "dims"_a, "inputs"_a.noconvert(),
-             "Like run; returns seconds per call.")
+             "Like run, with a barrier after each stage; returns seconds per call.")
+        .def("run_calls", &PyExecutor::run_calls, "dims"_a, "inputs"_a.noconvert(), "first"_a, "last"_a,
+             "Like run for the calls [first, last) alone, on what earlier runs left in the arena.")
         .def("arena", &PyExecutor::arena, "offset"_a, "rows"_a, "cols"_a, "ld"_a, "A float32 view of the arena.")
         .def("close", &PyExecutor::close,
              "Ends the threads and releases the memory, after the step that runs if one does. Idempotent.");

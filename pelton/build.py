@@ -253,7 +253,8 @@ def _build(config: EngineConfig, progress: Progress | None) -> Built:
                 progress(done, total)
 
         executor = CpuExecutor(
-            planned.program, read, planned.kv_spec, HostSampler(), isa=planned.isa, threads=planned.threads, activations=config.activations,
+            planned.program, read, planned.kv_spec, HostSampler(), isa=planned.isa, threads=planned.threads,
+            activations=config.activations,
             content_key=content_hash(checkpoint.files) if config.packed_cache else None, on_packed=on_packed,
         )  # fmt: skip
     eos_ids: set[int] = set(tokenizer.stop_token_ids) if tokenizer is not None else set()

@@ -35,6 +35,7 @@ ALLOWED = {
     "build": {"backends", "checkpoint", "config", "engine", "errors", "graph", "ledger", "models", "nn", "passes",
               "program", "quantize", "text"},
     "llm": {"build", "config", "engine", "errors", "metrics", "outputs", "text"},
+    "bench": {"backends", "build", "config", "errors", "graph", "ledger", "nn", "program"},
     "cli": {"*"},
     "__init__": {"*"},
 }  # fmt: skip

@@ -152,7 +152,7 @@ void Executor::copy_inputs(const std::vector<StepInput>& inputs) {
     }
 }
 
-void Executor::plan(const int64_t dims[3], const std::vector<StepInput>& inputs) {
+void Executor::plan(const int64_t dims[3], const std::vector<StepInput>& inputs, size_t first, size_t last) {
     for (int i = 0; i < 3; ++i) {
         if (dims[i] < 0 || dims[i] > INT32_MAX) throw std::invalid_argument("dims must not be negative");
         step_.dims[i] = dims[i];
@@ -178,7 +178,8 @@ void Executor::plan(const int64_t dims[3], const std::vector<StepInput>& inputs)
     step_.num_attention_plans = 0;
     num_work_ = 0;
     int64_t shared_bytes = 0;
-    for (PlannedCall& planned : calls_) {
+    for (size_t index = first; index < last; ++index) {
+        PlannedCall& planned = calls_[index];
         Call& call = planned.call;
         for (const InputOperand& in : planned.inputs) {
             call.operands[in.operand].data =
@@ -242,11 +243,24 @@ void Executor::walk(int thread, std::vector<double>* per_call) {
 }
 
 double Executor::run(const int64_t dims[3], const std::vector<StepInput>& inputs, std::vector<double>* per_call) {
+    return run_range(dims, inputs, per_call, 0, -1);
+}
+
+double Executor::run_calls(const int64_t dims[3], const std::vector<StepInput>& inputs, int64_t first, int64_t last) {
+    if (first < 0 || last < first) throw std::invalid_argument("calls must be a range [first, last)");
+    return run_range(dims, inputs, nullptr, first, last);
+}
+
+// A negative `last` means the end.
+double Executor::run_range(const int64_t dims[3], const std::vector<StepInput>& inputs, std::vector<double>* per_call,
+                           int64_t first, int64_t last) {
     pool_.require_own_process();
     std::unique_lock<std::mutex> lock(running_, std::try_to_lock);
     if (!lock.owns_lock()) throw std::invalid_argument("the executor is running a step already");
+    const auto count = static_cast<int64_t>(calls_.size());
+    if (last > count) throw std::invalid_argument("there are " + std::to_string(count) + " calls");
     const double start = seconds_now();
-    plan(dims, inputs);
+    plan(dims, inputs, static_cast<size_t>(first), static_cast<size_t>(last < 0 ? count : last));
     if (per_call) per_call->assign(calls_.size(), 0.0);
     const auto body = [&](int thread) { walk(thread, per_call); };
     pool_.run(body);

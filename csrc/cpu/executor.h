@@ -51,6 +51,8 @@ public:
     // Throws std::runtime_error in a process forked after the executor was made.
     // Returns seconds. With `per_call`, also the seconds of each call, with a barrier after each stage.
     double run(const int64_t dims[3], const std::vector<StepInput>& inputs, std::vector<double>* per_call = nullptr);
+    // Only the calls [first, last), on what earlier runs left in the arena: to measure an op by itself.
+    double run_calls(const int64_t dims[3], const std::vector<StepInput>& inputs, int64_t first, int64_t last);
     std::shared_ptr<Mapping> arena() const { return arena_; }
 
 private:
@@ -73,7 +75,9 @@ private:
     };
 
     void copy_inputs(const std::vector<StepInput>& inputs);
-    void plan(const int64_t dims[3], const std::vector<StepInput>& inputs);
+    void plan(const int64_t dims[3], const std::vector<StepInput>& inputs, size_t first, size_t last);
+    double run_range(const int64_t dims[3], const std::vector<StepInput>& inputs, std::vector<double>* per_call,
+                     int64_t first, int64_t last);
     void walk(int thread, std::vector<double>* per_call);
     [[noreturn]] void reject(const Contract& contract, const std::string& why) const;
 

@@ -94,6 +94,35 @@ class StepOutput:
     stats: StepStats = field(default_factory=StepStats)
 
 
+@dataclass(frozen=True, slots=True)
+class CallStats:
+    """One kernel call of a step, measured (seconds) and by the accounting of the op table.
+
+    streamed_bytes: weights and KV cache, which come from memory; activation_bytes: what the calls around it read
+    and write as well. precision: what its products are made in, a key of the measured peaks ("f32", "bf16", ...).
+    """
+
+    name: str
+    op: str
+    seconds: float
+    flops: float
+    streamed_bytes: float
+    activation_bytes: float
+    precision: str
+
+    @property
+    def bytes(self) -> float:
+        return self.streamed_bytes + self.activation_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StepProfile:
+    """A step with a barrier and a clock reading after every call; ``seconds`` is all of it."""
+
+    seconds: float
+    calls: tuple[CallStats, ...]
+
+
 #: logits float32 [N, vocab], one spec per row -> one token per row. Host backends get it injected.
 Sampler: TypeAlias = "Callable[[npt.NDArray[np.float32], Sequence[SampleSpec]], list[SampledToken]]"
 

@@ -27,7 +27,7 @@ _OPTIONAL = {
 def doctor(isa: str | None, threads: int | None, as_json: bool) -> None:
     """Check this machine: CPU features, memory, measured peaks, kernels in use, what is missing.
 
-    No model is needed. Bandwidth and FLOP/s are measured now, which takes about a second; close other
+    No model is needed. Bandwidth and FLOP/s are measured now, which takes two seconds; close other
     programs for true figures.
 
     \b
@@ -97,7 +97,8 @@ def _print(result: dict[str, Any]) -> None:
     rows = []
     for name, value in result["peaks"].items():
         bandwidth = "bandwidth" in name
-        label = name.replace("_", " ") if bandwidth else f"{name} products"
+        label = name.replace("_", " ").replace("l1", "L1").replace("l2", "L2").replace("l3", "L3")
+        label = label if bandwidth else f"{name} products"
         rows.append((label, f"{value / 1e9:,.1f} GB/s" if bandwidth else f"{value / 1e9:,.0f} GFLOP/s"))
     print_table(f"measured peaks, {result['threads']} threads", rows, "lr")
     reason = {"default": "the best of this machine"}.get(result["isa_chosen_by"], f"by {result['isa_chosen_by']}")

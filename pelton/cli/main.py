@@ -24,6 +24,8 @@ VERBS = {
     "generate": "pelton.cli.generate:generate",
     "build": "pelton.cli.build:build",
     "inspect": "pelton.cli.inspect:inspect",
+    "profile": "pelton.cli.profile:profile",
+    "bench": "pelton.cli.bench:bench",
     "doctor": "pelton.cli.doctor:doctor",
     "dump-graph": "pelton.cli.dump_graph:dump_graph",
 }

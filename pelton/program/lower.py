@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..graph import CacheType, Graph, Node, TensorType
+from ..graph import OPS, CacheType, Graph, Node, TensorType
+from ..graph.cost import total
 from ..graph.rope import RopeSpec
 from .memory import plan_memory
+from .names import module_of, weight_module
 from .program import Buffer, CacheRef, Call, Constant, ConstantRef, InputRef, Operand, Program, View
 
 #: How each constant operand is packed: op -> packing per operand index; all others are vectors.
@@ -22,7 +24,7 @@ def lower(graph: Graph, limits: Mapping[str, int], max_positions: int) -> Progra
     Raises:
         ValueError: a matrix that is only known at run time feeds an op that needs a constant.
     """
-    lowering = _Lowering(max_positions)
+    lowering = _Lowering(graph, max_positions)
     for node in graph.nodes:
         lowering.node(node)
     output = lowering.values[graph.outputs[0]]
@@ -36,14 +38,15 @@ def lower(graph: Graph, limits: Mapping[str, int], max_positions: int) -> Progra
         tuple(lowering.buffers),
         tuple(lowering.calls),
         output,
-        graph.flops,
-        graph.bytes,
+        total([call.flops for call in lowering.calls]),
+        total([call.bytes for call in lowering.calls]),
     )
     return plan_memory(program)
 
 
 class _Lowering:
-    def __init__(self, max_positions: int) -> None:
+    def __init__(self, graph: Graph, max_positions: int) -> None:
+        self.users = graph.users
         self.max_positions = max_positions
         self.values: dict[Node, Operand | tuple[Operand, ...]] = {}
         self.inputs: list[str] = []
@@ -51,6 +54,7 @@ class _Lowering:
         self.constants: dict[Constant, int] = {}
         self.buffers: list[Buffer] = []
         self.calls: list[Call] = []
+        self.names: dict[Node, tuple[int, str]] = {}  # number and name of the call that computes a node
 
     def node(self, node: Node) -> None:
         if node.op == "input":
@@ -62,10 +66,12 @@ class _Lowering:
             assert isinstance(whole, View)
             width = node.attrs["stop"] - node.attrs["start"]
             self.values[node] = View(whole.buffer, whole.start + node.attrs["start"], width)
+            self.names[node] = self.names[node.inputs[0]]
         elif node.op == "item":
             parts = self.values[node.inputs[0]]
             assert isinstance(parts, tuple)
             self.values[node] = parts[node.attrs["index"]]
+            self.names[node] = self.names[node.inputs[0]]
         else:
             self._call(node)
 
@@ -95,8 +101,22 @@ class _Lowering:
                 assert cache is not None
                 results.append(cache)
         outputs = tuple(r for r in results if isinstance(r, View))
-        self.calls.append(Call(node.op, outputs, tuple(operands), dict(node.attrs)))
+        row, input_types = OPS[node.op], [x.type for x in node.inputs]
+        flops, moved = (cost(node.attrs, node.type, *input_types) for cost in (row.flops, row.bytes))
+        name = self._name(node)
+        self.names[node] = (len(self.calls), name)
+        self.calls.append(Call(node.op, outputs, tuple(operands), dict(node.attrs), name, flops, moved))
         self.values[node] = tuple(results) if len(results) > 1 else results[0]
+
+    def _name(self, node: Node) -> str:
+        """Its weight's module; without a weight, the op in the module of the operand that was computed last."""
+        if node.op == "linear" and any(u.op == "embedding" for u in self.users[node.inputs[1]]):
+            return "lm_head"  # tied: the weight has the table's name
+        if own := weight_module([name for x in node.inputs for name in _weights(x)]):
+            return own
+        _, before = max((self.names[x] for x in node.inputs if x in self.names), default=(0, ""))
+        parent = module_of(before)
+        return f"{parent}.{node.op}" if parent else node.op
 
     def _operand(self, node: Node, index: int, x: Node) -> Operand:
         if x.is_constant:
@@ -109,3 +129,10 @@ class _Lowering:
 
     def _constant(self, constant: Constant) -> ConstantRef:
         return ConstantRef(self.constants.setdefault(constant, len(self.constants)))
+
+
+def _weights(expr: Node) -> list[str]:
+    """Names of the weights that a constant is made of; none if it is no constant."""
+    if expr.op == "weight":
+        return [expr.name]
+    return [name for x in expr.inputs for name in _weights(x)] if expr.is_constant else []

@@ -62,12 +62,19 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One kernel call: outputs first, then inputs in the order of the op, with the op's attributes."""
+    """One kernel call: outputs first, then inputs in the order of the op, with the op's attributes.
+
+    name: for people, after the module it belongs to, e.g. ``model.layers.3.mlp.down_proj``. flops, bytes: its cost
+    by the op table, weights in the type they are bound to.
+    """
 
     kernel: str
     outputs: tuple[View, ...]
     operands: tuple[Operand | None, ...]
     params: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+    flops: Cost = field(default_factory=dict, compare=False)
+    bytes: Cost = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)

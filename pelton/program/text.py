@@ -1,4 +1,4 @@
-"""The program as text and back: ``%3[T, 0:960 of 960] @0 = linear %1[...], const 2``, one line per call."""
+"""The program as text and back: ``call %3[0:576] = linear(%1[0:576], const 2) {} # model.layers.0.mlp.down_proj``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 from ..graph import CacheType, Node, TensorType, make
 from ..graph.text import parse_type
 from .program import Buffer, CacheRef, Call, Constant, ConstantRef, InputRef, Operand, Program, View
+
+_CALL = re.compile(r"(?P<out>.*?) ?= (?P<kernel>\w+)\((?P<args>.*?)\) (?P<params>\{.*?\})(?: # (?P<name>\S+))?")
 
 
 def print_program(program: Program) -> str:
@@ -24,7 +26,7 @@ def print_program(program: Program) -> str:
     for call in program.calls:
         outputs = ", ".join(_operand(v) for v in call.outputs)
         operands = ", ".join(_operand(o) for o in call.operands)
-        lines.append(f"call {outputs} = {call.kernel}({operands}) {dict(call.params)!r}")
+        lines.append(f"call {outputs} = {call.kernel}({operands}) {dict(call.params)!r} # {call.name}".rstrip(" #"))
     lines.append(f"return {_operand(program.output)}")
     return "\n".join(lines) + "\n"
 
@@ -90,10 +92,10 @@ def _parse_list(text: str) -> tuple[Any, ...]:
 
 
 def _parse_call(_: str, line: str) -> Call:
-    match = re.fullmatch(r"(?P<out>.*?) ?= (?P<kernel>\w+)\((?P<args>.*?)\) (?P<params>\{.*\})", line)
+    match = _CALL.fullmatch(line)
     assert match is not None
     params = ast.literal_eval(match["params"])
-    return Call(match["kernel"], _parse_list(match["out"]), _parse_list(match["args"]), params)
+    return Call(match["kernel"], _parse_list(match["out"]), _parse_list(match["args"]), params, match["name"] or "")
 
 
 def _parse_constant(value: str, _: str) -> Constant:

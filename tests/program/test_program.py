@@ -8,19 +8,24 @@ import pytest
 
 from pelton.graph import F32, Graph
 from pelton.graph import builder as g
+from pelton.graph.cost import total
 from pelton.models import create
 from pelton.nn import trace
 from pelton.passes import run_passes
 from pelton.program import View, lower, parse_program, plan_memory, print_program
+from pelton.program.names import weight_module
 from tests.helpers.tiny_models import FAMILIES
 
 LIMITS = {"T": 10, "S": 4, "N": 4}
 
 
-def program_of(family: str):
+def graph_of(family: str):
     _, architecture, fields = FAMILIES[family]
-    graph = trace(create({**fields, "architectures": [architecture]}), family)
-    return lower(run_passes(graph), LIMITS, 64)
+    return trace(create({**fields, "architectures": [architecture]}), family)
+
+
+def program_of(family: str):
+    return lower(run_passes(graph_of(family)), LIMITS, 64)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -84,3 +89,56 @@ def test_a_computed_matrix_cannot_be_a_linear_weight() -> None:
 def test_parser_names_the_line() -> None:
     with pytest.raises(ValueError, match="line 1"):
         parse_program("call nonsense\n")
+
+
+def names_of(family: str) -> list[str]:
+    return [call.name for call in program_of(family).calls]
+
+
+def test_calls_are_named_after_their_modules() -> None:
+    names = names_of("llama")
+    assert names[:12] == [
+        "model.embed_tokens", "model.layers.0.input_layernorm", "model.layers.0.self_attn.qkv_proj",
+        "model.layers.0.self_attn.rope_kv_write", "model.layers.0.self_attn.attention",
+        "model.layers.0.self_attn.o_proj", "model.layers.0.post_attention_layernorm",
+        "model.layers.0.mlp.gate_up_proj", "model.layers.0.mlp.gated_activation", "model.layers.0.mlp.down_proj",
+        "model.layers.1.input_layernorm", "model.layers.1.self_attn.qkv_proj",
+    ]  # fmt: skip
+    assert names[-2:] == ["model.norm", "lm_head"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_call_has_a_name_and_calls_of_a_layer_their_layer(family: str) -> None:
+    names = names_of(family)
+    assert all(names)
+    attention = [name for name in names if name.endswith(".attention")]
+    layers = [int(next(part for part in name.split(".") if part.isdigit())) for name in attention]
+    assert layers == list(range(len(layers))) and len(layers) >= 3
+    assert names[-1] == "lm_head" or "softcap" in names[-1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_costs_of_calls_add_up_to_the_programs(family: str) -> None:
+    graph = run_passes(graph_of(family))
+    program = lower(graph, LIMITS, 64)
+    for cost, calls, want in (
+        (program.flops, [call.flops for call in program.calls], graph.flops),
+        (program.bytes, [call.bytes for call in program.calls], graph.bytes),
+    ):
+        assert cost == total(calls) == pytest.approx(want)
+
+
+@pytest.mark.parametrize(
+    ("weights", "name"),
+    [
+        (["a.q_proj.weight", "a.k_proj.weight", "a.v_proj.weight", "a.q_proj.bias"], "a.qkv_proj"),
+        (["a.gate_proj.weight", "a.up_proj.weight"], "a.gate_up_proj"),
+        (["q_proj.weight", "k_proj.weight"], "qk_proj"),
+        (["a.left.weight", "a.right_proj.weight"], "a.left"),
+        (["a.q_proj.weight", "b.k_proj.weight"], "a.q_proj"),
+        (["table"], "table"),
+        ([], ""),
+    ],
+)
+def test_names_of_merged_weights(weights: list[str], name: str) -> None:
+    assert weight_module(weights) == name

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +16,12 @@ import numpy.typing as npt
 from ...graph.quantized import HostTensor
 from ...program import Constant, Program, constant_text
 from ...program.weights import evaluate, vector
-from ..base import KVSpec, Sampler
+from ..base import Batch, KVSpec, Sampler, StepProfile
 from ..host import HostExecutor
-from ..step_inputs import StepInputs
+from ..step_inputs import StepInputs, step_inputs
 from . import packing
 from .calls import CACHE_FORMATS, native_calls
+from .costs import CallCost, call_costs
 from .packed_cache import open_or_pack
 
 Bytes = npt.NDArray[np.uint8]
@@ -39,6 +41,14 @@ def constant_bytes(constant: Constant, *, as_floats: bool = False) -> int:
         return 4 * rows * cols
     sizes = {"panels": packing.linear_nbytes, "rows": packing.rows_nbytes}
     return sizes[constant.packing](rows, cols, type.dtype)
+
+
+def pack_constant(constant: Constant, read: Callable[[str], HostTensor]) -> Bytes:
+    """The bytes of a constant in the layout that kernels read."""
+    if constant.expr is None or constant.packing == "vector":
+        return vector(constant, read).view(np.uint8).reshape(-1)
+    value = evaluate(constant.expr, read)
+    return packing.pack_linear(value) if constant.packing == "panels" else packing.pack_rows(value)
 
 
 def cache_bytes_per_block(program: Program, block_size: int) -> int:
@@ -99,6 +109,7 @@ class CpuExecutor(HostExecutor):
         read_once = sum(constant_bytes(c) for c in program.constants if c.packing in ("panels", "vector"))
         super().__init__(kv_spec, sampler, program.flops, {**program.bytes, "1": float(read_once)})
         self.program = program
+        self._isa = isa
         self._publishing: threading.Thread | None = None
         self._native = _native.Executor(isa, threads, max(program.arena_bytes, 64))
         for data in self._pack(read, content_key, on_packed):
@@ -108,8 +119,8 @@ class CpuExecutor(HostExecutor):
             self._native.add_cache(
                 _native.cache_bytes(cache.num_kv_heads, cache.head_dim, kv_spec.block_size, kv_spec.num_blocks, format)
             )
-        int8 = activations != "float" and _native.has_int8_products(isa)
-        for call in native_calls(program, kv_spec.block_size, kv_spec.num_blocks, int8):
+        self._int8 = activations != "float" and _native.has_int8_products(isa)
+        for call in native_calls(program, kv_spec.block_size, kv_spec.num_blocks, self._int8):
             self._native.add_call(call.kernel, call.operands, call.ints, call.floats)
 
     def _pack(
@@ -121,11 +132,7 @@ class CpuExecutor(HostExecutor):
         sizes = [constant_bytes(c) for c in weights]
 
         def pack(index: int) -> Bytes:
-            constant = weights[index]
-            if constant.packing == "vector":
-                return _bytes(vector(constant, read))
-            value = evaluate(_expr(constant), read)
-            return packing.pack_linear(value) if constant.packing == "panels" else packing.pack_rows(value)
+            return pack_constant(weights[index], read)
 
         def report(index: int) -> None:
             on_packed(sizes[index])
@@ -146,27 +153,38 @@ class CpuExecutor(HostExecutor):
                 packed.append(pack(index))
                 report(index)
         rest = iter(packed)
-        return [_bytes(vector(c, read)) if c.expr is None else next(rest) for c in constants]
+        return [pack_constant(c, read) if c.expr is None else next(rest) for c in constants]
 
     def _run(self, inputs: StepInputs) -> tuple[npt.NDArray[np.float32], float]:
-        seconds: float = self._native.run(
-            inputs.dims, [inputs.arrays[name].reshape(-1) for name in self.program.inputs]
-        )
+        seconds: float = self._native.run(inputs.dims, self._inputs(inputs))
         output = self.program.output
         buffer = self.program.buffers[output.buffer]
         logits = self._native.arena(buffer.offset + 4 * output.start, inputs.dims[2], output.cols, buffer.cols)
         return logits, seconds
 
+    def _inputs(self, inputs: StepInputs) -> list[npt.NDArray[np.int32]]:
+        return [inputs.arrays[name].reshape(-1) for name in self.program.inputs]
+
+    @cached_property
+    def costs(self) -> list[CallCost]:
+        """What each call costs, in order."""
+        return call_costs(self.program, [constant_bytes(c) for c in self.program.constants], self._isa, self._int8)
+
+    def profile(self, batch: Batch) -> StepProfile:
+        """Run a step without sampling from it and measure each call, with a barrier after it."""
+        inputs = step_inputs(batch, self._kv_spec.block_size)
+        start = time.perf_counter()
+        seconds = self._native.run_profiled(inputs.dims, self._inputs(inputs))
+        wall = time.perf_counter() - start
+        calls = zip(self.costs, seconds, strict=True)
+        return StepProfile(wall, tuple(cost.stats(inputs.shape, s) for cost, s in calls))
+
+    def run_calls(self, inputs: StepInputs, first: int, last: int) -> float:
+        """Seconds of the calls [first, last) of a step alone, on what earlier steps left in the arena."""
+        seconds: float = self._native.run_calls(inputs.dims, self._inputs(inputs), first, last)
+        return seconds
+
     def close(self) -> None:
         self._native.close()
         if self._publishing is not None:
             self._publishing.join()
-
-
-def _bytes(values: npt.NDArray[np.float32]) -> Bytes:
-    return values.view(np.uint8).reshape(-1)
-
-
-def _expr(constant: Constant) -> Any:
-    assert constant.expr is not None
-    return constant.expr

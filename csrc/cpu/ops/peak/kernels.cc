@@ -1,6 +1,6 @@
 #include "cpu/amx_tiles.h"
 #include "cpu/ops/peak/contract.h"
-#include "cpu/simd.h"
+#include "cpu/simd_int8.h"
 
 namespace pelton::cpu::PELTON_ISA {
 namespace {
@@ -22,11 +22,14 @@ PELTON_INLINE float finish(VF (&acc)[kChains]) {
     return sum(total);
 }
 
+template <bool kPrefetch>
 float read_bytes(const char* data, int64_t bytes) {
     VF acc[8] = {};
     constexpr int64_t kStep = 8 * kW * 4;
     for (int64_t i = 0; i + kStep <= bytes; i += kStep) {
-        for (int line = 0; line < kStep; line += 64) __builtin_prefetch(data + i + 4096 + line);
+        if constexpr (kPrefetch) {
+            for (int line = 0; line < kStep; line += 64) __builtin_prefetch(data + i + 1024 + line);
+        }
         PELTON_UNROLL
         for (int v = 0; v < 8; ++v) acc[v] += load(reinterpret_cast<const float*>(data + i + v * kW * 4));
     }
@@ -100,31 +103,41 @@ float bf16_rounds(int64_t iterations) {
     return finish(acc);
 }
 
+constexpr double kBf16Ops = kChains * kW * 4.0;
+#endif
+
+#if defined(__AVX2__) && !defined(__AMX_TILE__)
 float int8_rounds(int64_t iterations) {
-    VF acc[kChains] = {};
+    VI acc[kChains] = {};
     VU a = splat_u32(0x01010101u), b = splat_u32(0x01ff01ffu);
     PELTON_OPAQUE(a);
     for (int64_t i = 0; i < iterations; ++i) {
         PELTON_UNROLL
         for (int c = 0; c < kChains; ++c) {
-            acc[c] = reinterpret_cast<VF>(_mm512_dpbusd_epi32(
-                reinterpret_cast<__m512i>(acc[c]), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+            acc[c] = dot_codes<false>(acc[c], a, b);
             PELTON_OPAQUE(acc[c]);
         }
     }
-    return finish(acc);
+    VI total = {};
+    PELTON_UNROLL
+    for (int c = 0; c < kChains; ++c) total += acc[c];
+    return static_cast<float>(sum_int(total));
 }
-constexpr double kBf16Ops = kChains * kW * 4.0, kInt8Ops = kChains * kW * 8.0;
+constexpr double kInt8Ops = kChains * kW * 8.0;
 #endif
 
 }  // namespace
 
 extern const PeakKernels peak_kernels;
 #if defined(__AVX512BF16__)
-const PeakKernels peak_kernels = {read_bytes,         f32_rounds, bf16_rounds, int8_rounds,
-                                  kChains * kW * 2.0, kBf16Ops,   kInt8Ops};
+const PeakKernels peak_kernels = {read_bytes<true>, read_bytes<false>,  f32_rounds, bf16_rounds,
+                                  int8_rounds,      kChains * kW * 2.0, kBf16Ops,   kInt8Ops};
+#elif defined(__AVX2__)
+const PeakKernels peak_kernels = {read_bytes<true>, read_bytes<false>,  f32_rounds, nullptr,
+                                  int8_rounds,      kChains * kW * 2.0, 0.0,        kInt8Ops};
 #else
-const PeakKernels peak_kernels = {read_bytes, f32_rounds, nullptr, nullptr, kChains * kW * 2.0, 0.0, 0.0};
+const PeakKernels peak_kernels = {read_bytes<true>, read_bytes<false>,  f32_rounds, nullptr,
+                                  nullptr,          kChains * kW * 2.0, 0.0,        0.0};
 #endif
 
 }  // namespace pelton::cpu::PELTON_ISA
