@@ -174,7 +174,7 @@ def test_random_weights_have_their_type_and_small_values(text: str) -> None:
     assert packing.dtype_of(weight) == dtype and weight.shape == (96, 256)
     values = f32(weight)
     assert np.isfinite(values).all() and 0.001 < np.abs(values).max() < 0.2
-    assert len(np.unique(values)) > 100
+    assert len(np.unique(values)) > 10  # FP4 has 15 values
     packing.pack_linear(weight)
 
 

@@ -63,7 +63,7 @@ def test_calls_sum_to_about_the_step() -> None:
     built.close()
     assert 0.8 < phase.call_seconds / phase.profiled_seconds <= 1
     assert phase.outside_seconds >= 0
-    products = [c for c in phase.calls if c.op == "linear"]
+    products = [c for c in phase.calls if c.op in ("linear", "gated_linear")]
     assert len(products) == 4 * 30 + 1
     assert {p.name for p in phase.by_op() if p.op == "linear"} == {
         "qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head",
