@@ -100,7 +100,7 @@ class Phase:
         """Calls of the same op, and products of the same module, added up over the layers; the longest first."""
         groups: dict[tuple[str, str], Part] = {}
         for call in self.calls:
-            name = call.name.rpartition(".")[2] if call.op == "linear" else call.op
+            name = call.name.rpartition(".")[2] if call.op in ("linear", "gated_linear") else call.op
             groups.setdefault((call.op, name), Part(name, call.op)).add(call)
         return sorted(groups.values(), key=lambda part: -part.seconds)
 

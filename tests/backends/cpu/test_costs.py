@@ -62,7 +62,7 @@ def test_costs_by_hand(isa: str) -> None:
     assert attention.flops == 4 * HEADS * DIM * (6 + 7 + 8 + 21)
     assert attention.streamed_bytes == (8 + 21) * 2 * KV_HEADS * DIM * 2
     assert attention.activation_bytes == 2 * 4 * HEADS * DIM * 4
-    rounded = "bf16" if isa == "avx512_bf16" else "f32"
+    rounded = "bf16" if isa in ("avx512_bf16", "amx") else "f32"
     assert [c.precision for c in calls.values()] == ["f32", rounded, "f32", rounded]
 
 
