@@ -10,10 +10,17 @@ PATH=$(dirname "$python"):$PATH # its cmake, if the environment has one
 build=${BUILD:-build/amx}
 case $build in /*) ;; *) build=$PWD/$build ;; esac
 
+tiers() { "$@" "$python" -c 'from pelton.backends.cpu import _native; print("", *_native.supported_isas(), "")'; }
+case $(tiers env) in
+*" avx512_bf16 "*) ;;
+*)
+    echo "AMX: not tested: even the emulator needs a processor with AVX-512 BF16"
+    exit 0
+    ;;
+esac
 cmake -S . -B "$build" -DPELTON_PYTHON=OFF
 cmake --build "$build" --parallel --target amx_emulator amx_emulator_test amx_blocks
 
-tiers() { "$@" "$python" -c 'from pelton.backends.cpu import _native; print("", *_native.supported_isas(), "")'; }
 emulate() {
     env LD_PRELOAD="$build/libamx_emulator.so" PELTON_ASSUME_FEATURES=amx_tile,amx_bf16,amx_int8 "$@"
 }
@@ -24,7 +31,7 @@ case $(tiers env) in
     case $(tiers emulate) in
     *" amx "*) ;;
     *)
-        echo "error: the installed module has no tier amx here: it needs AVX-512 BF16 and GCC 11 or Clang 12" >&2
+        echo "error: the installed module has no tier amx: it needs GCC 11 or Clang 12" >&2
         exit 1
         ;;
     esac
