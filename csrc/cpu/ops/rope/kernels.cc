@@ -45,25 +45,52 @@ struct CacheTarget {
     char* cache;
     CacheLayout layout;
     int64_t head_dim, block_size;
-    bool bf16;
+    int64_t format;
 };
+
+// Codes from -127 to 127, to the nearest (even), of numbers in units of the scale, which is returned: the largest
+// magnitude over 127. If a number is not finite all codes are 0 and the scale infinite: nothing finite comes of it.
+template <class F>
+PELTON_INLINE float round_to_bytes(const float* x, int64_t count, F put) {
+    VF largest = {}, poison = {};
+    int64_t d = 0;
+    for (; d < count; d += kW) {
+        VF part = count - d < kW ? load_n(x + d, count - d) : load(x + d);
+        largest = max(largest, abs(part));
+        poison += part * 0.0f;  // a maximum may lose a NaN
+    }
+    const float size = max_lane(largest) + sum(poison);
+    const float scale = size < __builtin_inff() ? size / 127.0f : __builtin_inff();
+    const bool divide = scale > 0.0f && scale < __builtin_inff();
+    for (d = 0; d < count; d += kW) {
+        VF part = count - d < kW ? load_n(x + d, count - d) : load(x + d);
+        // Adding 1.5 * 2^23 rounds, and leaves the code in the lowest bits.
+        VF shifted = (divide ? part / scale : VF{}) + 12582912.0f;
+        for (int lane = 0; lane < kW && d + lane < count; ++lane) put(d + lane, static_cast<int8_t>(as_u32(shifted)[lane]));
+    }
+    return scale;
+}
 
 void write_slot(const CacheTarget& t, int64_t slot, int64_t head, const float* k, const float* v) {
     const int64_t block = slot / t.block_size, token = slot % t.block_size;
+    const int64_t group = token / kTokenGroup, lane = token % kTokenGroup, padded = t.layout.padded;
     char* keys = t.cache + block * t.layout.block_bytes + head * t.layout.head_bytes;
     char* values = keys + t.layout.key_bytes;
-    if (t.bf16) {
-        uint16_t* kp = reinterpret_cast<uint16_t*>(keys) + token * 2;
-        uint16_t* vp = reinterpret_cast<uint16_t*>(values) + token / 2 * t.layout.padded * 2 + token % 2;
-        for (int64_t d = 0; d < t.head_dim; d += 2) {
-            kp[d * t.block_size] = to_bf16_scalar(k[d]);
-            kp[d * t.block_size + 1] = to_bf16_scalar(k[d + 1]);
+    keys += group * t.layout.lane_rows * kTokenGroup * 4 + lane * 4;
+    if (t.format == kCacheBf16) {
+        values += token / 2 * padded * 4 + token % 2 * 2;
+        for (int64_t d = 0; d < t.head_dim; ++d) {
+            *reinterpret_cast<uint16_t*>(keys + d / 2 * 64 + d % 2 * 2) = to_bf16_scalar(k[d]);
         }
-        for (int64_t d = 0; d < t.head_dim; ++d) vp[2 * d] = to_bf16_scalar(v[d]);
+        for (int64_t d = 0; d < t.head_dim; ++d) *reinterpret_cast<uint16_t*>(values + d * 4) = to_bf16_scalar(v[d]);
+    } else if (t.format == kCacheInt8) {
+        float* scales = reinterpret_cast<float*>(values + t.layout.value_bytes) + token;
+        values += token / 4 * padded * 4 + token % 4;
+        scales[0] = round_to_bytes(k, t.head_dim, [&](int64_t d, int8_t code) { keys[d / 4 * 64 + d % 4] = code; });
+        scales[t.block_size] = round_to_bytes(v, t.head_dim, [&](int64_t d, int8_t code) { values[d * 4] = code; });
     } else {
-        float* kp = reinterpret_cast<float*>(keys) + token;
-        for (int64_t d = 0; d < t.head_dim; ++d) kp[d * t.block_size] = k[d];
-        __builtin_memcpy(reinterpret_cast<float*>(values) + token * t.layout.padded, v, t.head_dim * 4);
+        for (int64_t d = 0; d < t.head_dim; ++d) *reinterpret_cast<float*>(keys + d * 64) = k[d];
+        __builtin_memcpy(values + token * padded * 4, v, t.head_dim * 4);
     }
 }
 
@@ -84,7 +111,7 @@ void kv_write_rows(const Call& call, int64_t begin, int64_t end, Worker&) {
     const int64_t heads = call.ints[kKvHeads], head_dim = call.ints[kHeadDim], block_size = call.ints[kBlockSize];
     const int64_t format = call.ints[kFormat];
     const CacheTarget target = {call.operands[kCache].data, cache_layout(heads, head_dim, block_size, format), head_dim,
-                                block_size, format == kCacheBf16};
+                                block_size, format};
     for (int64_t r = begin; r < end; ++r) {
         for (int64_t h = 0; h < heads; ++h) {
             write_slot(target, ints_of(call, kSlots)[r], h, floats_of(call, kK) + r * call.ints[kLdK] + h * head_dim,
@@ -99,7 +126,7 @@ void rope_kv_write_rows(const Call& call, int64_t begin, int64_t end, Worker&) {
     const int64_t rot_dim = call.ints[kRotDim], block_size = call.ints[kBlockSize], format = call.ints[kFormat];
     const bool interleaved = call.ints[kInterleaved];
     const CacheTarget target = {call.operands[kCache].data, cache_layout(kv_heads, head_dim, block_size, format),
-                                head_dim, block_size, format == kCacheBf16};
+                                head_dim, block_size, format};
     float rotated[kMaxHeadDim];
     for (int64_t r = begin; r < end; ++r) {
         const float* table = floats_of(call, kTable) + ints_of(call, kPositions)[r] * rot_dim;
