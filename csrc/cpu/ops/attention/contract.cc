@@ -74,8 +74,8 @@ static std::string check_batch(const Call& call, const Step& step, int64_t width
 // Bounds the shared scratch, to 10 MiB with heads of 64. Decode stays far below; prefill has tiles enough.
 constexpr int64_t kMostSlots = 1 << 15;
 
-// Hands the splits of a tile to several threads where a tile is more than its share of the work.
-static void split_tiles(int threads, AttentionPlan& plan) {
+// Cuts a tile that is more than its share of the work: by splits first, as heads lie side by side in memory.
+static void cut_tiles(int threads, AttentionPlan& plan) {
     if (threads == 1) return;
     int64_t total = 0;
     for (const AttentionTile& tile : plan.tiles) total += tile.cost;
@@ -84,24 +84,33 @@ static void split_tiles(int threads, AttentionPlan& plan) {
     const size_t whole = plan.tiles.size();
     for (size_t i = 0; i < whole; ++i) {
         const AttentionTile tile = plan.tiles[i];
-        const int64_t splits = tile.split_end - tile.split_begin, rows = tile.row_end - tile.row_begin;
-        if (splits == 1 || tile.cost <= share || plan.slots + splits * rows > kMostSlots) continue;
-        const int64_t pieces = std::min(splits, (tile.cost + share - 1) / share);
-        for (int64_t n = 0; n < pieces; ++n) {
+        if (tile.cost <= share) continue;
+        const int64_t splits = tile.split_end - tile.split_begin;
+        const int64_t head_rows = tile.row_end - tile.row_begin, rows = head_rows * tile.kv_heads;
+        int64_t pieces = std::min(splits, (tile.cost + share - 1) / share);
+        if (plan.slots + splits * rows > kMostSlots) pieces = 1;
+        const int64_t parts = std::min<int64_t>(tile.kv_heads, (tile.cost / pieces + share - 1) / share);
+        for (int64_t n = 0; n < pieces * parts; ++n) {
             AttentionTile piece = tile;
-            piece.split_begin = static_cast<int32_t>(tile.split_begin + splits * n / pieces);
-            piece.split_end = static_cast<int32_t>(tile.split_begin + splits * (n + 1) / pieces);
-            piece.slot = plan.slots + (piece.split_begin - tile.split_begin) * rows;
-            piece.cost = tile.cost * (piece.split_end - piece.split_begin) / splits;
+            const int64_t part = n % parts, head = tile.kv_heads * part / parts;
+            piece.kv_head = static_cast<int32_t>(tile.kv_head + head);
+            piece.kv_heads = static_cast<int32_t>(tile.kv_heads * (part + 1) / parts - head);
+            piece.split_begin = static_cast<int32_t>(tile.split_begin + splits * (n / parts) / pieces);
+            piece.split_end = static_cast<int32_t>(tile.split_begin + splits * (n / parts + 1) / pieces);
+            if (pieces > 1) piece.slot = plan.slots + (piece.split_begin - tile.split_begin) * rows + head * head_rows;
+            piece.slot_stride = static_cast<int32_t>(rows);
+            piece.cost = tile.cost * (piece.split_end - piece.split_begin) / splits * piece.kv_heads / tile.kv_heads;
             if (n == 0) {
                 plan.tiles[i] = piece;
             } else {
                 plan.tiles.push_back(piece);
             }
         }
+        if (pieces == 1) continue;
         for (int64_t r = 0; r < rows; ++r) {
-            plan.merges.push_back({tile.sequence, tile.kv_head, static_cast<int32_t>(tile.row_begin + r),
-                                   static_cast<int32_t>(splits), plan.slots + r, rows});
+            plan.merges.push_back({tile.sequence, static_cast<int32_t>(tile.kv_head + r / head_rows),
+                                   static_cast<int32_t>(tile.row_begin + r % head_rows), static_cast<int32_t>(splits),
+                                   plan.slots + r, rows});
         }
         plan.slots += splits * rows;
     }
@@ -111,7 +120,7 @@ static void make_tiles(const Call& call, const Step& step, AttentionPlan& plan) 
     using namespace attention;
     const int32_t* lens = step.inputs[call.operands[kSeqLens].bytes].data;
     const int32_t* start = step.inputs[call.operands[kQueryStart].bytes].data;
-    const int64_t group = call.ints[kHeads] / call.ints[kKvHeads], window = call.ints[kWindow];
+    const int64_t kv_heads = call.ints[kKvHeads], group = call.ints[kHeads] / kv_heads, window = call.ints[kWindow];
     plan.tiles.clear();
     plan.merges.clear();
     plan.slots = 0;
@@ -128,14 +137,16 @@ static void make_tiles(const Call& call, const Step& step, AttentionPlan& plan) 
             tile.split_begin = static_cast<int32_t>(first_key / kSplit);
             tile.split_end = static_cast<int32_t>(last_key / kSplit + 1);
             tile.slot = -1;
-            tile.cost = (last_key + 1 - first_key) * (end - r + 8);  // 8: reading the keys and values
-            for (int64_t h = 0; h < call.ints[kKvHeads]; ++h) {
-                tile.kv_head = static_cast<int32_t>(h);
+            const int64_t most_heads = kRowTile / (end - r), parts = (kv_heads + most_heads - 1) / most_heads;
+            for (int64_t part = 0; part < parts; ++part) {
+                tile.kv_head = static_cast<int32_t>(kv_heads * part / parts);
+                tile.kv_heads = static_cast<int32_t>(kv_heads * (part + 1) / parts - tile.kv_head);
+                tile.cost = (last_key + 1 - first_key) * (end - r + 8) * tile.kv_heads;  // 8: reading a key and value
                 plan.tiles.push_back(tile);
             }
         }
     }
-    split_tiles(step.threads, plan);
+    cut_tiles(step.threads, plan);
     // Heavy tiles first, so that the last ones to be taken are short.
     std::sort(plan.tiles.begin(), plan.tiles.end(), [](const AttentionTile& a, const AttentionTile& b) {
         if (a.cost != b.cost) return a.cost > b.cost;

@@ -14,8 +14,8 @@ constexpr int kKeyTile = 64;
 // first to the last, so that other threads can take some without a bit changing. A split of 512 keys is
 // work for some microseconds, several times what a barrier costs.
 constexpr int kSplit = 512;
-// Rows (query tokens times query heads per KV head) that share the reading of a key tile: 8 register
-// tiles of 6 rows, whose queries and outputs stay in the L2 cache next to the tile.
+// Rows (query tokens times query heads) of a piece of work: 8 register tiles of 6 rows, whose queries and
+// outputs stay in the L2 cache next to the key tiles.
 constexpr int kRowTile = 48;
 constexpr int kMostTileRows = 6;  // rows of a register tile on any tier
 // Tokens of a cache block are kept in groups of this size; block_size is a multiple of it.
@@ -51,12 +51,14 @@ enum Ints { kHeads, kKvHeads, kHeadDim, kLdOut, kLdQ, kBlockSize, kNumBlocks, kF
 enum Floats { kScaleFactor, kCap };
 }  // namespace attention
 
-// A piece of work: rows [row_begin, row_end) of one sequence and KV head over the key splits [split_begin,
-// split_end), where row t * group + g is query token t under query head g of the group. With slot < 0 these
-// are all its splits; else its results go to slots of the shared scratch, a split after the other, a slot
-// per row.
+// A piece of work: rows [row_begin, row_end) of one sequence under each of `kv_heads` KV heads, over the key
+// splits [split_begin, split_end), where row t * group + g is query token t under query head g of the group.
+// Few rows take several heads, as those of a block lie side by side and memory is fastest in long runs. With
+// slot < 0 the splits are all there are; else results go to slots of the shared scratch, a split after the
+// other, a slot per head and row.
 struct AttentionTile {
-    int32_t sequence, kv_head, row_begin, row_end, split_begin, split_end;
+    int32_t sequence, kv_head, kv_heads, row_begin, row_end, split_begin, split_end;
+    int32_t slot_stride;  // from one split to the next
     int64_t slot, cost;
 };
 

@@ -44,24 +44,22 @@ struct Problem {
     CacheLayout layout;
     int64_t head_dim, block_size, group, window, value_row, q_stride;
     float scale, cap;                 // in powers of 2 where there is no cap
-    const float* slopes;              // of the heads of this KV head, or null
+    const float* slopes;              // of the query heads, or null
     const int32_t* block_table;       // row of this sequence
     int64_t query_start, seq_len, first_position;  // of query token 0
-    int64_t kv_head;
-    const char* cache;  // of this KV head in block 0
+    const char* cache;
 };
 
 PELTON_INLINE int64_t position_of(const Problem& p, int64_t row) { return p.first_position + row / p.group; }
 
-template <class Cache>
-TileAddress address_tile(const Problem& p, int64_t begin, int64_t end) {
+TileAddress address_tile(const Problem& p, int64_t kv_head, int64_t begin, int64_t end) {
     TileAddress at;
     at.value_scales = p.block_size * 4;
     for (int i = 0; i < kKeyTile / kTokenGroup; ++i) {
         int64_t token = begin + i * kTokenGroup;
         if (token >= end) token = (end - 1) / kTokenGroup * kTokenGroup;
         const int64_t inside = token % p.block_size;
-        const char* block = p.cache + p.block_table[token / p.block_size] * p.layout.block_bytes;
+        const char* block = p.cache + kv_head * p.layout.head_bytes + p.block_table[token / p.block_size] * p.layout.block_bytes;
         at.keys[i] = block + inside * p.layout.lane_rows * 4;
         at.values[i] = block + p.layout.key_bytes + inside * p.value_row;
         at.scales[i] = block + p.layout.key_bytes + p.layout.value_bytes + inside * 4;
@@ -122,8 +120,8 @@ void load_query(const Problem& p, const float* from, const Scratch& s, int64_t i
 
 // kMasked: some of the 64 keys are invisible. Visible lanes are computed alike either way.
 template <class Cache, bool kMasked>
-PELTON_INLINE void softmax_row(const Problem& p, const TileAddress& at, int64_t begin, int64_t row, const Scratch& s,
-                               int64_t i, const float* scores, char* probabilities) {
+PELTON_INLINE void softmax_row(const Problem& p, const TileAddress& at, int64_t begin, int64_t kv_head, int64_t row,
+                               const Scratch& s, int64_t i, const float* scores, char* probabilities) {
     const VF lanes = lane_numbers();
     const VF first = splat(static_cast<float>(s.lows[i])), last = splat(static_cast<float>(s.highs[i]));
     const VF factor = splat(s.factors[i]);
@@ -143,7 +141,7 @@ PELTON_INLINE void softmax_row(const Problem& p, const TileAddress& at, int64_t 
         if constexpr (Cache::kBytes) x *= as_float(load_u32(scale_at(v)));
         if (p.cap != 0.0f) x = tanh(x) * p.cap;
         if (p.slopes) {
-            const float slope = p.slopes[row % p.group] * kLog2e;
+            const float slope = p.slopes[kv_head * p.group + row % p.group] * kLog2e;
             x += (lanes + static_cast<float>(begin + v * kW - position_of(p, row))) * slope;
         }
         if (kMasked) x = masked(v, x, kMinusInfinity);
@@ -221,9 +219,9 @@ PELTON_INLINE void merge_row(float* output, float* maximum, float* sum, const fl
     for (int64_t d = 0; d < padded; d += kW) store(output + d, load(output + d) * a + load(next_output + d) * b);
 }
 
-void write_row(const Problem& p, int64_t row, const float* from, float sum) {
+void write_row(const Problem& p, int64_t kv_head, int64_t row, const float* from, float sum) {
     const Call& call = *p.call;
-    const int64_t head = p.kv_head * p.group + row % p.group;
+    const int64_t head = kv_head * p.group + row % p.group;
     float* to = reinterpret_cast<float*>(call.operands[kOut].data) +
                 (p.query_start + row / p.group) * call.ints[kLdOut] + head * p.head_dim;
     int64_t d = 0;
@@ -231,45 +229,47 @@ void write_row(const Problem& p, int64_t row, const float* from, float sum) {
     if (d < p.head_dim) store_n(to + d, load(from + d) / sum, p.head_dim - d);
 }
 
+// The rows of one KV head, whose state begins at row `base` of the scratch, and keys [begin, end) of a tile.
 template <class Cache>
-void attend_tile(const Problem& p, const AttentionTile& tile, const Scratch& s, const TileAddress& at,
-                 const TileAddress& next, int64_t begin, int64_t end) {
-    const int64_t rows = tile.row_end - tile.row_begin, num_keys = end - begin, padded = p.layout.padded;
-    for_row_tiles<kTileRows>(rows, [&]<int kRows>(int64_t m) {
-        const int64_t first = position_of(p, tile.row_begin + m);
-        const int64_t last = position_of(p, tile.row_begin + m + kRows - 1);
+void attend_tile(const Problem& p, const AttentionTile& tile, int64_t kv_head, int64_t base, const Scratch& s,
+                 const TileAddress& at, const TileAddress& next, int64_t begin, int64_t end) {
+    const int64_t num_keys = end - begin, padded = p.layout.padded;
+    for_row_tiles<kTileRows>(tile.row_end - tile.row_begin, [&]<int kRows>(int64_t m) {
+        const int64_t row = tile.row_begin + m, state = base + m;
+        const int64_t first = position_of(p, row), last = position_of(p, row + kRows - 1);
         if (last < begin || (p.window && first - p.window + 1 >= end)) return;  // sees nothing of the tile
-        score_tile<Cache, kRows>(s.queries + m * p.q_stride, p.q_stride, s.biases + m, at, next, p.layout.lane_rows,
-                                 num_keys, s.scores);
-        const bool whole = first + 1 - begin >= kKeyTile && num_keys == kKeyTile &&
-                           !(p.window && last - p.window + 1 > begin);
+        score_tile<Cache, kRows>(s.queries + state * p.q_stride, p.q_stride, s.biases + state, at, next,
+                                 p.layout.lane_rows, num_keys, s.scores);
+        const bool whole =
+            first + 1 - begin >= kKeyTile && num_keys == kKeyTile && !(p.window && last - p.window + 1 > begin);
         Seen seen = {nullptr, nullptr, 0, 0, kKeyTile, kKeyTile};
         if (whole) {
             for (int64_t i = 0; i < kRows; ++i) {
-                softmax_row<Cache, false>(p, at, begin, tile.row_begin + m + i, s, m + i, s.scores + i * kKeyTile,
+                softmax_row<Cache, false>(p, at, begin, kv_head, row + i, s, state + i, s.scores + i * kKeyTile,
                                           s.probabilities + i * kWeightBytes<Cache>);
             }
         } else {
             for (int64_t i = 0; i < kRows; ++i) {
-                const int64_t row = tile.row_begin + m + i;
-                see(p, position_of(p, row), begin, num_keys, s, m + i);
-                softmax_row<Cache, true>(p, at, begin, row, s, m + i, s.scores + i * kKeyTile,
+                see(p, position_of(p, row + i), begin, num_keys, s, state + i);
+                softmax_row<Cache, true>(p, at, begin, kv_head, row + i, s, state + i, s.scores + i * kKeyTile,
                                          s.probabilities + i * kWeightBytes<Cache>);
             }
-            seen = seen_by<Cache, kRows>(s.lows + m, s.highs + m);
+            seen = seen_by<Cache, kRows>(s.lows + state, s.highs + state);
         }
-        value_tile<Cache, kRows>(s.probabilities, s.corrections + m, s.units + m, at, next, seen, padded,
-                                 s.split.output + m * padded);
+        value_tile<Cache, kRows>(s.probabilities, s.corrections + state, s.units + state, at, next, seen, padded,
+                                 s.split.output + state * padded);
     });
 }
 
 template <class Cache>
 void attend(const Problem& p, const AttentionTile& tile, Scratch s) {
     const Call& call = *p.call;
-    const int64_t rows = tile.row_end - tile.row_begin, padded = p.layout.padded;
+    const int64_t head_rows = tile.row_end - tile.row_begin, rows = head_rows * tile.kv_heads;
+    const int64_t padded = p.layout.padded;
     const float* q = reinterpret_cast<const float*>(call.operands[kQ].data);
     for (int64_t i = 0; i < rows; ++i) {
-        const int64_t row = tile.row_begin + i, head = p.kv_head * p.group + row % p.group;
+        const int64_t row = tile.row_begin + i % head_rows;
+        const int64_t head = (tile.kv_head + i / head_rows) * p.group + row % p.group;
         load_query<Cache>(p, q + (p.query_start + row / p.group) * call.ints[kLdQ] + head * p.head_dim, s, i);
     }
     const int64_t first = position_of(p, tile.row_begin), last = position_of(p, tile.row_end - 1);
@@ -277,7 +277,7 @@ void attend(const Problem& p, const AttentionTile& tile, Scratch s) {
     const int64_t until = last + 1 < tile.split_end * kSplit ? last + 1 : tile.split_end * kSplit;
     int64_t begin = seen > tile.split_begin * kSplit ? seen : tile.split_begin * kSplit;
     const auto end_of = [&](int64_t from) { return until - from < kKeyTile ? until : from + kKeyTile; };
-    TileAddress at = address_tile<Cache>(p, begin, end_of(begin));
+    TileAddress at = address_tile(p, tile.kv_head, begin, end_of(begin));
     for (int64_t split = tile.split_begin; split < tile.split_end; ++split) {
         for (int64_t i = 0; i < rows; ++i) s.split.maxima[i] = kMinusInfinity;
         for (int64_t i = 0; i < rows * kW; i += kW) store(s.lane_sums + i, VF{});
@@ -285,14 +285,22 @@ void attend(const Problem& p, const AttentionTile& tile, Scratch s) {
         const int64_t split_end = (split + 1) * kSplit < until ? (split + 1) * kSplit : until;
         while (begin < split_end) {
             const int64_t end = end_of(begin);
-            const TileAddress next = end < until ? address_tile<Cache>(p, end, end_of(end)) : at;
-            attend_tile<Cache>(p, tile, s, at, next, begin, end);
-            at = next;
+            for (int64_t h = 0; h < tile.kv_heads; ++h) {
+                TileAddress next = at;
+                if (h + 1 < tile.kv_heads) {
+                    next = address_tile(p, tile.kv_head + h + 1, begin, end);
+                } else if (end < until) {
+                    next = address_tile(p, tile.kv_head, end, end_of(end));
+                }
+                attend_tile<Cache>(p, tile, tile.kv_head + h, h * head_rows, s, at, next, begin, end);
+                at = next;
+            }
             begin = end;
         }
         for (int64_t i = 0; i < rows; ++i) s.split.sums[i] = sum(load(s.lane_sums + i * kW));
         if (tile.slot >= 0) {
-            const int64_t slot = tile.slot + (split - tile.split_begin) * rows, floats = slot_floats(p.head_dim);
+            const int64_t floats = slot_floats(p.head_dim);
+            const int64_t slot = tile.slot + (split - tile.split_begin) * tile.slot_stride;
             for (int64_t i = 0; i < rows; ++i) {
                 float* to = reinterpret_cast<float*>(call.shared) + (slot + i) * floats;
                 __builtin_memcpy(to, s.split.output + i * padded, padded * 4);
@@ -311,7 +319,10 @@ void attend(const Problem& p, const AttentionTile& tile, Scratch s) {
         }
     }
     if (tile.slot >= 0) return;
-    for (int64_t i = 0; i < rows; ++i) write_row(p, tile.row_begin + i, s.total.output + i * padded, s.total.sums[i]);
+    for (int64_t i = 0; i < rows; ++i) {
+        write_row(p, tile.kv_head + i / head_rows, tile.row_begin + i % head_rows, s.total.output + i * padded,
+                  s.total.sums[i]);
+    }
 }
 
 // ---- stages
@@ -328,12 +339,14 @@ Problem problem_of(const Call& call) {
     p.value_row = p.layout.value_bytes / p.block_size;
     p.q_stride = (p.head_dim * 4 + 63) / 64 * 64;
     const float scale = call.floats[kScaleFactor], cap = call.floats[kCap];
+    p.slopes = reinterpret_cast<const float*>(call.operands[kSlopes].data);
+    p.cache = call.operands[kCache].data;
     p.cap = cap * kLog2e;
     p.scale = cap != 0.0f ? scale / cap : scale * kLog2e;
     return p;
 }
 
-void locate(Problem& p, int64_t sequence, int64_t kv_head) {
+void locate(Problem& p, int64_t sequence) {
     const Call& call = *p.call;
     const int32_t* query_start = reinterpret_cast<const int32_t*>(call.operands[kQueryStart].data);
     p.block_table =
@@ -341,10 +354,6 @@ void locate(Problem& p, int64_t sequence, int64_t kv_head) {
     p.query_start = query_start[sequence];
     p.seq_len = reinterpret_cast<const int32_t*>(call.operands[kSeqLens].data)[sequence];
     p.first_position = p.seq_len - (query_start[sequence + 1] - query_start[sequence]);
-    p.kv_head = kv_head;
-    p.cache = call.operands[kCache].data + kv_head * p.layout.head_bytes;
-    const float* slopes = reinterpret_cast<const float*>(call.operands[kSlopes].data);
-    p.slopes = slopes ? slopes + kv_head * p.group : nullptr;
 }
 
 void attention_tiles(const Call& call, int64_t first, int64_t end, Worker& worker) {
@@ -372,7 +381,7 @@ void attention_tiles(const Call& call, int64_t first, int64_t end, Worker& worke
 
     const AttentionTile* tiles = static_cast<const AttentionWork*>(call.plan)->tiles;
     for (int64_t i = first; i < end; ++i) {
-        locate(p, tiles[i].sequence, tiles[i].kv_head);
+        locate(p, tiles[i].sequence);
         switch (call.ints[kFormat]) {
             case kCacheBf16:
                 attend<Bf16Cache>(p, tiles[i], s);
@@ -393,7 +402,7 @@ void merge_splits(const Call& call, int64_t first, int64_t end, Worker& worker) 
     float* output = reinterpret_cast<float*>(worker.scratch);
     for (int64_t i = first; i < end; ++i) {
         const AttentionMerge& merge = merges[i];
-        locate(p, merge.sequence, merge.kv_head);
+        locate(p, merge.sequence);
         const float* slot = reinterpret_cast<const float*>(call.shared) + merge.slot * floats;
         __builtin_memcpy(output, slot, padded * 4);
         float maximum = slot[padded], sum = slot[padded + 1];
@@ -401,7 +410,7 @@ void merge_splits(const Call& call, int64_t first, int64_t end, Worker& worker) 
             slot += merge.stride * floats;
             merge_row(output, &maximum, &sum, slot, slot[padded], slot[padded + 1], padded);
         }
-        write_row(p, merge.row, output, sum);
+        write_row(p, merge.kv_head, merge.row, output, sum);
     }
 }
 

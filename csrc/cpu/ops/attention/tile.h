@@ -10,6 +10,7 @@ namespace {
 
 #if defined(__AVX512VNNI__)
 constexpr bool kByteDot = true;
+#define PELTON_HINT 3
 #else
 constexpr bool kByteDot = false;
 #endif
@@ -84,7 +85,7 @@ void score_tile(const char* q, int64_t q_stride, [[maybe_unused]] const int32_t*
                     PELTON_UNROLL
                     for (int v = 0; v < kTileVecs; ++v) {
                         lanes[v] = load_u32(k[v] + d * 64) ^ 0x80808080u;
-                        if (part == 0) __builtin_prefetch(ahead[v] + d * 64);
+                        if (part == 0) __builtin_prefetch(ahead[v] + d * 64, 0, PELTON_HINT);
                     }
                     PELTON_UNROLL
                     for (int m = 0; m < kRows; ++m) {
@@ -117,7 +118,7 @@ void score_tile(const char* q, int64_t q_stride, [[maybe_unused]] const int32_t*
                 PELTON_UNROLL
                 for (int v = 0; v < kTileVecs; ++v) {
                     lanes[v] = load_u32(k[v] + d * 64);
-                    if (v * kW % kTokenGroup == 0) __builtin_prefetch(ahead[v] + d * 64);
+                    if (v * kW % kTokenGroup == 0) __builtin_prefetch(ahead[v] + d * 64, 0, PELTON_HINT);
                 }
                 if constexpr (Cache::kDot) {
                     PELTON_UNROLL
@@ -243,7 +244,7 @@ PELTON_INLINE void value_columns(const char* p, const float* corrections, const 
             PELTON_UNROLL
             for (int v = 0; v < kVecs; ++v) {
                 lanes[v] = load_u32(w + v * kW * 4);
-                if (v * kW % 16 == 0) __builtin_prefetch(ahead + v * kW * 4);
+                if (v * kW % 16 == 0) __builtin_prefetch(ahead + v * kW * 4, 0, PELTON_HINT);
             }
             w += row_bytes;
             ahead += row_bytes;
@@ -280,7 +281,7 @@ PELTON_INLINE void byte_value_columns(const char* p, const float* corrections, c
                 PELTON_UNROLL
                 for (int v = 0; v < kVecs; ++v) {
                     lanes[v] = load_u32(w + v * kW * 4);
-                    if (part == 0) __builtin_prefetch(ahead + v * kW * 4);
+                    if (part == 0) __builtin_prefetch(ahead + v * kW * 4, 0, PELTON_HINT);
                 }
                 w += row_bytes;
                 ahead += row_bytes;
