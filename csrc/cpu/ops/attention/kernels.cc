@@ -54,6 +54,7 @@ PELTON_INLINE int64_t position_of(const Problem& p, int64_t row) { return p.firs
 
 TileAddress address_tile(const Problem& p, int64_t kv_head, int64_t begin, int64_t end) {
     TileAddress at;
+    at.fetch = true;
     at.value_scales = p.block_size * 4;
     for (int i = 0; i < kKeyTile / kTokenGroup; ++i) {
         int64_t token = begin + i * kTokenGroup;
@@ -118,8 +119,8 @@ void load_query(const Problem& p, const float* from, const Scratch& s, int64_t i
 
 // ---- softmax of one row over one key tile
 
-// kMasked: some of the 64 keys are invisible. Visible lanes are computed alike either way.
-template <class Cache, bool kMasked>
+// kMasked: some of the 64 keys are invisible. Visible lanes are computed alike either way. kPlain: no cap, no slopes.
+template <class Cache, bool kMasked, bool kPlain>
 PELTON_INLINE void softmax_row(const Problem& p, const TileAddress& at, int64_t begin, int64_t kv_head, int64_t row,
                                const Scratch& s, int64_t i, const float* scores, char* probabilities) {
     const VF lanes = lane_numbers();
@@ -139,8 +140,8 @@ PELTON_INLINE void softmax_row(const Problem& p, const TileAddress& at, int64_t 
     for (int v = 0; v < kVecs; ++v) {
         VF x = load(scores + v * kW) * factor;
         if constexpr (Cache::kBytes) x *= as_float(load_u32(scale_at(v)));
-        if (p.cap != 0.0f) x = tanh(x) * p.cap;
-        if (p.slopes) {
+        if (!kPlain && p.cap != 0.0f) x = tanh(x) * p.cap;
+        if (!kPlain && p.slopes) {
             const float slope = p.slopes[kv_head * p.group + row % p.group] * kLog2e;
             x += (lanes + static_cast<float>(begin + v * kW - position_of(p, row))) * slope;
         }
@@ -206,6 +207,16 @@ PELTON_INLINE void see(const Problem& p, int64_t position, int64_t begin, int64_
     s.highs[i] = static_cast<int32_t>(high);
 }
 
+template <class Cache, bool kMasked, bool kPlain>
+PELTON_APART void softmax_rows(const Problem& p, const TileAddress& at, int64_t begin, int64_t num_keys,
+                               int64_t kv_head, int64_t row, int64_t rows, const Scratch& s, int64_t state) {
+    for (int64_t i = 0; i < rows; ++i) {
+        if (kMasked) see(p, position_of(p, row + i), begin, num_keys, s, state + i);
+        softmax_row<Cache, kMasked, kPlain>(p, at, begin, kv_head, row + i, s, state + i, s.scores + i * kKeyTile,
+                                            s.probabilities + i * kWeightBytes<Cache>);
+    }
+}
+
 // ---- splits
 
 // Merges rows of a later split into those before it.
@@ -232,30 +243,24 @@ void write_row(const Problem& p, int64_t kv_head, int64_t row, const float* from
 // The rows of one KV head, whose state begins at row `base` of the scratch, and keys [begin, end) of a tile.
 template <class Cache>
 void attend_tile(const Problem& p, const AttentionTile& tile, int64_t kv_head, int64_t base, const Scratch& s,
-                 const TileAddress& at, const TileAddress& next, int64_t begin, int64_t end) {
+                 const TileAddress& at, TileAddress next, int64_t begin, int64_t end) {
     const int64_t num_keys = end - begin, padded = p.layout.padded;
     for_row_tiles<kTileRows>(tile.row_end - tile.row_begin, [&]<int kRows>(int64_t m) {
         const int64_t row = tile.row_begin + m, state = base + m;
         const int64_t first = position_of(p, row), last = position_of(p, row + kRows - 1);
         if (last < begin || (p.window && first - p.window + 1 >= end)) return;  // sees nothing of the tile
+        next.fetch = m < 2 * kTileRows;  // later rows find what these have fetched
         score_tile<Cache, kRows>(s.queries + state * p.q_stride, p.q_stride, s.biases + state, at, next,
                                  p.layout.lane_rows, num_keys, s.scores);
         const bool whole =
             first + 1 - begin >= kKeyTile && num_keys == kKeyTile && !(p.window && last - p.window + 1 > begin);
         Seen seen = {nullptr, nullptr, 0, 0, kKeyTile, kKeyTile};
-        if (whole) {
-            for (int64_t i = 0; i < kRows; ++i) {
-                softmax_row<Cache, false>(p, at, begin, kv_head, row + i, s, state + i, s.scores + i * kKeyTile,
-                                          s.probabilities + i * kWeightBytes<Cache>);
-            }
-        } else {
-            for (int64_t i = 0; i < kRows; ++i) {
-                see(p, position_of(p, row + i), begin, num_keys, s, state + i);
-                softmax_row<Cache, true>(p, at, begin, kv_head, row + i, s, state + i, s.scores + i * kKeyTile,
-                                         s.probabilities + i * kWeightBytes<Cache>);
-            }
-            seen = seen_by<Cache, kRows>(s.lows + state, s.highs + state);
-        }
+        const bool plain = p.cap == 0.0f && !p.slopes;
+        const auto softmax = whole ? plain ? softmax_rows<Cache, false, true> : softmax_rows<Cache, false, false>
+                             : plain ? softmax_rows<Cache, true, true>
+                                     : softmax_rows<Cache, true, false>;
+        softmax(p, at, begin, num_keys, kv_head, row, kRows, s, state);
+        if (!whole) seen = seen_by<Cache, kRows>(s.lows + state, s.highs + state);
         value_tile<Cache, kRows>(s.probabilities, s.corrections + state, s.units + state, at, next, seen, padded,
                                  s.split.output + state * padded);
     });

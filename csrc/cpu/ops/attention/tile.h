@@ -8,9 +8,11 @@
 namespace pelton::cpu::PELTON_ISA {
 namespace {
 
+// Inner loops stay functions of their own: inlined into each other they run out of registers.
+#define PELTON_APART __attribute__((noinline))
+
 #if defined(__AVX512VNNI__)
 constexpr bool kByteDot = true;
-#define PELTON_HINT 3
 #else
 constexpr bool kByteDot = false;
 #endif
@@ -37,6 +39,7 @@ constexpr int kWeightBytes = Cache::kDot ? kKeyTile * 2 : kKeyTile * 4;
 
 // Where the 16-token groups of a key tile lie; groups beyond the last token repeat the last one.
 struct TileAddress {
+    bool fetch;  // into the cache, while the tile before it is worked on
     const char* keys[kKeyTile / kTokenGroup];
     const char* values[kKeyTile / kTokenGroup];
     const char* scales[kKeyTile / kTokenGroup];  // of the keys; int8 only
@@ -62,18 +65,23 @@ PELTON_INLINE VF dot_lanes(VF acc, VU row, VU lanes) {
 
 // ---- scores [rows][64] = queries x keys
 
-// The lines of the tile after this one are fetched on the way: a processor follows a stream within a page only,
-// and a block is hardly more than one.
+// Fetches keys of the tile after this one: processors follow a stream by themselves within a page only, and a
+// block is hardly more than one. Four lines in a row, as memory prefers runs.
+PELTON_INLINE void fetch_keys(const TileAddress& next, int64_t d) {
+    const char* lines = next.keys[d % 4] + d / 4 * 256;
+    PELTON_UNROLL
+    for (int i = 0; i < 4; ++i) __builtin_prefetch(lines + i * 64);
+}
+
 template <class Cache, int kRows>
-void score_tile(const char* q, int64_t q_stride, [[maybe_unused]] const int32_t* biases, const TileAddress& at, const TileAddress& next,
+PELTON_APART void score_tile(const char* q, int64_t q_stride, [[maybe_unused]] const int32_t* biases, const TileAddress& at, const TileAddress& next,
                 int64_t lane_rows, int64_t num_keys, float* scores) {
     for (int64_t key = 0; key < num_keys; key += kTileVecs * kW) {
-        const char *k[kTileVecs], *ahead[kTileVecs];
+        const char* k[kTileVecs];
         PELTON_UNROLL
         for (int v = 0; v < kTileVecs; ++v) {
             const int64_t token = key + v * kW;
             k[v] = at.keys[token / kTokenGroup] + token % kTokenGroup * 4;
-            ahead[v] = next.keys[token / kTokenGroup];
         }
         if constexpr (Cache::kBytes && Cache::kDot) {
 #if defined(__AVX512VNNI__)
@@ -83,10 +91,8 @@ void score_tile(const char* q, int64_t q_stride, [[maybe_unused]] const int32_t*
                 for (int64_t d = 0; d < lane_rows; ++d) {
                     VU lanes[kTileVecs];
                     PELTON_UNROLL
-                    for (int v = 0; v < kTileVecs; ++v) {
-                        lanes[v] = load_u32(k[v] + d * 64) ^ 0x80808080u;
-                        if (part == 0) __builtin_prefetch(ahead[v] + d * 64, 0, PELTON_HINT);
-                    }
+                    for (int v = 0; v < kTileVecs; ++v) lanes[v] = load_u32(k[v] + d * 64) ^ 0x80808080u;
+                    if (part == 0 && next.fetch) fetch_keys(next, d);
                     PELTON_UNROLL
                     for (int m = 0; m < kRows; ++m) {
                         VU quad = splat_u32(pair_at(q + m * q_stride + d * 4));
@@ -116,10 +122,8 @@ void score_tile(const char* q, int64_t q_stride, [[maybe_unused]] const int32_t*
             for (int64_t d = 0; d < lane_rows; ++d) {
                 VU lanes[kTileVecs];
                 PELTON_UNROLL
-                for (int v = 0; v < kTileVecs; ++v) {
-                    lanes[v] = load_u32(k[v] + d * 64);
-                    if (v * kW % kTokenGroup == 0) __builtin_prefetch(ahead[v] + d * 64, 0, PELTON_HINT);
-                }
+                for (int v = 0; v < kTileVecs; ++v) lanes[v] = load_u32(k[v] + d * 64);
+                if (key == 0 && next.fetch) fetch_keys(next, d);
                 if constexpr (Cache::kDot) {
                     PELTON_UNROLL
                     for (int m = 0; m < kRows; ++m) {
@@ -202,10 +206,11 @@ PELTON_INLINE void take_keys(VF (&acc)[kVecs], const char* p, const VU (&lanes)[
     }
 }
 
-// kEdges: some keys are seen by some rows only. Most tiles have none, and are spared the code for it.
-template <class Cache, bool kEdges, int kRows, int kVecs>
-PELTON_INLINE void value_columns(const char* p, const float* corrections, const TileAddress& at,
-                                 const TileAddress& next, const Seen& seen, int64_t padded, int64_t col, float* out) {
+// Keys [begin, end) of which all rows see all.
+template <class Cache, int kRows, int kVecs>
+PELTON_APART void value_columns(const char* p, const float* corrections, const TileAddress& at,
+                                const TileAddress& next, int64_t begin, int64_t end, int64_t padded, int64_t col,
+                                float* out) {
     VF acc[kRows][kVecs];
     PELTON_UNROLL
     for (int m = 0; m < kRows; ++m) {
@@ -214,46 +219,26 @@ PELTON_INLINE void value_columns(const char* p, const float* corrections, const 
     }
     constexpr int kStep = Cache::kStep, kBytes = Cache::kDot ? 4 / kStep : 4, kStride = kWeightBytes<Cache>;
     const int64_t row_bytes = padded * 4;
-    [[maybe_unused]] const auto edge = [&](int64_t from, int64_t to) {
-        for (int64_t j = from; j < to; j += kStep) {
-            const char* w = at.values[j / kTokenGroup] + j % kTokenGroup / kStep * row_bytes + col * 4;
-            VU lanes[kVecs];
-            PELTON_UNROLL
-            for (int v = 0; v < kVecs; ++v) lanes[v] = load_u32(w + v * kW * 4);
-            PELTON_UNROLL
-            for (int m = 0; m < kRows; ++m) {
-                uint32_t mask = 0;
-                PELTON_UNROLL
-                for (int i = 0; i < kStep; ++i) {
-                    const bool sees = seen.lows[m] <= j + i && j + i < seen.highs[m];
-                    mask |= sees ? 0xffffffffu >> (32 - 32 / kStep) << (32 / kStep * i) : 0u;
-                }
-                if (mask) take_keys<Cache>(acc[m], p + m * kStride + j * kBytes, lanes, mask);
-            }
-        }
-    };
-    if constexpr (kEdges) edge(seen.first, seen.begin);
-    for (int64_t begin = seen.begin; begin < seen.end;) {
+    while (begin < end) {
         const int64_t group = begin / kTokenGroup, inside = begin % kTokenGroup / kStep * row_bytes + col * 4;
-        const char *w = at.values[group] + inside, *ahead = next.values[group] + inside, *x = p + begin * kBytes;
+        const char *w = at.values[group] + inside, *x = p + begin * kBytes;
+        const int64_t fetch = next.values[group] - at.values[group];
         const int64_t group_end = group * kTokenGroup + kTokenGroup;
-        const int64_t count = (group_end < seen.end ? group_end : seen.end) - begin;
+        const int64_t count = (group_end < end ? group_end : end) - begin;
         begin += count;
         for (int64_t j = 0; j < count; j += kStep) {
             VU lanes[kVecs];
             PELTON_UNROLL
             for (int v = 0; v < kVecs; ++v) {
                 lanes[v] = load_u32(w + v * kW * 4);
-                if (v * kW % 16 == 0) __builtin_prefetch(ahead + v * kW * 4, 0, PELTON_HINT);
+                if (v * kW % 16 == 0 && next.fetch) __builtin_prefetch(w + fetch + v * kW * 4);
             }
             w += row_bytes;
-            ahead += row_bytes;
             PELTON_UNROLL
             for (int m = 0; m < kRows; ++m) take_keys<Cache>(acc[m], x + m * kStride, lanes, 0xffffffffu);
             x += kStep * kBytes;
         }
     }
-    if constexpr (kEdges) edge(seen.end, seen.last);
     PELTON_UNROLL
     for (int m = 0; m < kRows; ++m) {
         PELTON_UNROLL
@@ -261,30 +246,53 @@ PELTON_INLINE void value_columns(const char* p, const float* corrections, const 
     }
 }
 
+// Keys [begin, end) for one row, which sees [low, high).
+template <class Cache>
+PELTON_APART void value_edge(const char* p, const TileAddress& at, int64_t low, int64_t high, int64_t begin,
+                             int64_t end, int64_t padded, float* out) {
+    constexpr int kStep = Cache::kStep, kBytes = Cache::kDot ? 4 / kStep : 4;
+    for (int64_t j = begin; j < end; j += kStep) {
+        uint32_t mask = 0;
+        PELTON_UNROLL
+        for (int i = 0; i < kStep; ++i) {
+            const bool sees = low <= j + i && j + i < high;
+            mask |= sees ? 0xffffffffu >> (32 - 32 / kStep) << (32 / kStep * i) : 0u;
+        }
+        if (!mask) continue;
+        const char* w = at.values[j / kTokenGroup] + j % kTokenGroup / kStep * padded * 4;
+        for (int64_t col = 0; col < padded; col += kW) {
+            VF acc[1] = {load(out + col)};
+            const VU lanes[1] = {load_u32(w + col * 4)};
+            take_keys<Cache>(acc, p + j * kBytes, lanes, mask);
+            store(out + col, acc[0]);
+        }
+    }
+}
+
 #if defined(__AVX512VNNI__)
 // The same for 16-bit probabilities and values of 8 bits: exact sums of integers, so that a probability of 0
 // is as good as a mask. `units` is what 1 of a row's probabilities stands for.
 template <int kRows, int kVecs>
-PELTON_INLINE void byte_value_columns(const char* p, const float* corrections, const float* units,
-                                      const TileAddress& at, const TileAddress& next, const Seen& seen, int64_t padded,
-                                      int64_t col, float* out) {
+PELTON_APART void byte_value_columns(const char* p, const float* corrections, const float* units,
+                                      const TileAddress& at, const TileAddress& next, int64_t first, int64_t last,
+                                     int64_t padded, int64_t col, float* out) {
     VI acc[kRows][kVecs] = {};
     const int64_t row_bytes = padded * 4;
     for (int part = 0; part < 2; ++part) {
-        for (int64_t begin = seen.first; begin < seen.last;) {
+        for (int64_t begin = first; begin < last;) {
             const int64_t group = begin / kTokenGroup, inside = begin % kTokenGroup / 4 * row_bytes + col * 4;
-            const char *w = at.values[group] + inside, *ahead = next.values[group] + inside, *x = p + begin;
+            const char *w = at.values[group] + inside, *x = p + begin;
+            const int64_t fetch = next.values[group] - at.values[group];
             const int64_t group_end = group * kTokenGroup + kTokenGroup;
-            const int64_t end = group_end < seen.last ? group_end : seen.last;
+            const int64_t end = group_end < last ? group_end : last;
             for (; begin < end; begin += 4) {
                 VU lanes[kVecs];
                 PELTON_UNROLL
                 for (int v = 0; v < kVecs; ++v) {
                     lanes[v] = load_u32(w + v * kW * 4);
-                    if (part == 0) __builtin_prefetch(ahead + v * kW * 4, 0, PELTON_HINT);
+                    if (part == 0 && next.fetch) __builtin_prefetch(w + fetch + v * kW * 4);
                 }
                 w += row_bytes;
-                ahead += row_bytes;
                 PELTON_UNROLL
                 for (int m = 0; m < kRows; ++m) {
                     VU quad = splat_u32(pair_at(x + m * kWeightBytes<Int8Cache>));
@@ -313,6 +321,8 @@ PELTON_INLINE void byte_value_columns(const char* p, const float* corrections, c
 }
 #endif
 
+static_assert(kTileRows <= kMostTileRows && kMostTileRows == 6);
+
 // Calls f<vecs>(first column) for the columns of an output.
 template <class F>
 PELTON_INLINE void for_columns(int64_t padded, F f) {
@@ -327,17 +337,30 @@ void value_tile(const char* p, const float* corrections, [[maybe_unused]] const 
     if constexpr (Cache::kBytes && Cache::kDot) {
 #if defined(__AVX512VNNI__)
         for_columns(padded, [&]<int kVecs>(int64_t col) {
-            byte_value_columns<kRows, kVecs>(p, corrections, units, at, next, seen, padded, col, out);
+            byte_value_columns<kRows, kVecs>(p, corrections, units, at, next, seen.first, seen.last, padded, col, out);
         });
 #endif
-    } else if (seen.first == seen.begin && seen.last == seen.end) {
-        for_columns(padded, [&]<int kVecs>(int64_t col) {
-            value_columns<Cache, false, kRows, kVecs>(p, corrections, at, next, seen, padded, col, out);
-        });
     } else {
+        const bool edges = seen.first < seen.begin || seen.end < seen.last;
+        const auto edge = [&](int64_t begin, int64_t end) {
+            for (int64_t m = 0; m < kRows; ++m) {
+                value_edge<Cache>(p + m * kWeightBytes<Cache>, at, seen.lows[m], seen.highs[m], begin, end, padded,
+                                  out + m * padded);
+            }
+        };
+        const float ones[] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
+        if (edges) {
+            for (int64_t m = 0; m < kRows; ++m) {
+                float* row = out + m * padded;
+                for (int64_t col = 0; col < padded; col += kW) store(row + col, load(row + col) * corrections[m]);
+            }
+            edge(seen.first, seen.begin);
+            corrections = ones;
+        }
         for_columns(padded, [&]<int kVecs>(int64_t col) {
-            value_columns<Cache, true, kRows, kVecs>(p, corrections, at, next, seen, padded, col, out);
+            value_columns<Cache, kRows, kVecs>(p, corrections, at, next, seen.begin, seen.end, padded, col, out);
         });
+        if (edges) edge(seen.end, seen.last);
     }
 }
 
