@@ -36,7 +36,7 @@ struct Scratch {
     State split, total;   // of the current split, and of those before it
     float *corrections, *units, *factors;  // units: of probabilities; factors: of scores
     int32_t *lows, *highs;  // the keys [low, high) of the current tile that a row sees
-    int32_t* biases;        // of scores
+    int32_t *biases, *positions;  // biases: of scores
 };
 
 struct Problem {
@@ -117,103 +117,118 @@ void load_query(const Problem& p, const float* from, const Scratch& s, int64_t i
     }
 }
 
-// ---- softmax of one row over one key tile
+// ---- softmax of a register tile
 
-// kMasked: some of the 64 keys are invisible. Visible lanes are computed alike either way. kPlain: no cap, no slopes.
-template <class Cache, bool kMasked, bool kPlain>
-PELTON_INLINE void softmax_row(const Problem& p, const TileAddress& at, int64_t begin, int64_t kv_head, int64_t row,
-                               const Scratch& s, int64_t i, const float* scores, char* probabilities) {
-    const VF lanes = lane_numbers();
-    const VF first = splat(static_cast<float>(s.lows[i])), last = splat(static_cast<float>(s.highs[i]));
-    const VF factor = splat(s.factors[i]);
-    const auto masked = [&](int v, VF x, float otherwise) {
-        VF index = lanes + static_cast<float>(v * kW);
-        x = index < first ? splat(otherwise) : x;
-        return index < last ? x : splat(otherwise);
-    };
-    const auto scale_at = [&](int v) { return at.scales[v * kW / kTokenGroup] + v * kW % kTokenGroup * 4; };
-    constexpr int kVecs = kKeyTile / kW;
-
-    VF values[kVecs], maximum = splat(kMinusInfinity);
-    [[maybe_unused]] VF largest_scale = {};
-    PELTON_UNROLL
-    for (int v = 0; v < kVecs; ++v) {
-        VF x = load(scores + v * kW) * factor;
-        if constexpr (Cache::kBytes) x *= as_float(load_u32(scale_at(v)));
-        if (!kPlain && p.cap != 0.0f) x = tanh(x) * p.cap;
-        if (!kPlain && p.slopes) {
-            const float slope = p.slopes[kv_head * p.group + row % p.group] * kLog2e;
-            x += (lanes + static_cast<float>(begin + v * kW - position_of(p, row))) * slope;
-        }
-        if (kMasked) x = masked(v, x, kMinusInfinity);
-        values[v] = x;
-        maximum = max(maximum, x);
-        if constexpr (Cache::kBytes && Cache::kDot) {
-            VF scale = as_float(load_u32(scale_at(v) + at.value_scales));
-            largest_scale = max(largest_scale, kMasked ? masked(v, scale, 0.0f) : scale);
-        }
-    }
-    const float before = s.split.maxima[i], tile = max_lane(maximum);
-    float now = before, correction = 1.0f;
-    if (!(tile <= before)) {
-        now = tile;
-        correction = exp2_nonpositive(splat(before - now))[0];
-    }
-    s.split.maxima[i] = now;
-    s.corrections[i] = correction;
-    // While nothing is visible the maximum stays -inf; subtract 0 then, as -inf - -inf is NaN.
-    const VF shift = splat(now == kMinusInfinity ? 0.0f : now);
-
-    [[maybe_unused]] VF units = {};
-    if constexpr (Cache::kBytes && Cache::kDot) {
-        // What no probability times the scale of its value exceeds.
-        const VF bound = exp2_nonpositive(splat(tile) - shift) * max_lane(largest_scale);
-        s.units[i] = bound[0] * (1.0f / kWeightUnits);
-        units = bound > 1e-30f ? kWeightUnits / bound : VF{};
-    }
-    VF total = {};
-    PELTON_UNROLL
-    for (int v = 0; v < kVecs; ++v) {
-        VF e = exp2_nonpositive(values[v] - shift);
-        if constexpr (!Cache::kBytes && Cache::kDot) {
-            VH rounded = to_bf16(e);
-            store_u16(probabilities + v * kW * 2, rounded);
-            e = pair_low(widen(rounded));  // sum what is used, so that the weights add up to one
-        }
-        total += e;
-        if constexpr (Cache::kBytes) {
-            e *= as_float(load_u32(scale_at(v) + at.value_scales));
-            if (kMasked) e = masked(v, e, 0.0f);
-        }
-        if constexpr (Cache::kBytes && Cache::kDot) {
-            VU whole = reinterpret_cast<VU>(__builtin_convertvector(fma(e, units, splat(0.5f)), VI));
-            store_u8(probabilities + v * kW, __builtin_convertvector(whole >> 8, VB));
-            store_u8(probabilities + kKeyTile + v * kW, __builtin_convertvector(whole, VB));
-        } else if constexpr (!Cache::kDot) {
-            store(reinterpret_cast<float*>(probabilities) + v * kW, e);
-        }
-    }
-    float* sums = s.lane_sums + i * kW;
-    store(sums, fma(load(sums), splat(correction), total));
-}
-
-// Keys of the tile that a row sees, of which it has num_keys.
-PELTON_INLINE void see(const Problem& p, int64_t position, int64_t begin, int64_t num_keys, const Scratch& s,
-                       int64_t i) {
+// The keys [low, high) of a tile that a query sees.
+PELTON_INLINE void see(const Problem& p, int64_t position, int64_t begin, int64_t num_keys, int32_t* low_at,
+                       int32_t* high_at) {
     int64_t low = 0, high = position + 1 - begin;
     if (p.window && position - p.window + 1 > begin) low = position - p.window + 1 - begin;
     high = high > num_keys ? num_keys : high < 0 ? 0 : high;
-    s.lows[i] = static_cast<int32_t>(low < high ? low : high);
-    s.highs[i] = static_cast<int32_t>(high);
+    *low_at = static_cast<int32_t>(low < high ? low : high);
+    *high_at = static_cast<int32_t>(high);
 }
 
+// Rounds the probabilities of a row and adds up what comes of it, so that the weights add up to one.
+PELTON_INLINE VF store_rounded([[maybe_unused]] char* to, [[maybe_unused]] const VF (&e)[kKeyTile / kW]) {
+    VF total = {};
+#if defined(__AVX512BF16__)
+    PELTON_UNROLL
+    for (int v = 0; v < kKeyTile / kW; v += 2) {
+        VU pairs = reinterpret_cast<VU>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(e[v + 1]),
+                                                            reinterpret_cast<__m512>(e[v])));
+        store_u32(to + v * kW * 2, pairs);
+        total = dot_pairs(total, pairs, splat_u32(0x3f803f80u));
+    }
+#endif
+    return total;
+}
+
+// Scores -> probabilities of up to kTileRows rows. kMasked: some of the 64 keys are invisible; visible lanes are
+// computed alike either way. kPlain: no cap, no slopes.
 template <class Cache, bool kMasked, bool kPlain>
 PELTON_APART void softmax_rows(const Problem& p, const TileAddress& at, int64_t begin, int64_t num_keys,
                                int64_t kv_head, int64_t row, int64_t rows, const Scratch& s, int64_t state) {
+    constexpr int kVecs = kKeyTile / kW;
+    constexpr bool kInteger = Cache::kBytes && Cache::kDot;
+    const VF lanes = lane_numbers();
+    const auto masked = [&](int64_t i, int v, VF x, float otherwise) {
+        VF index = lanes + static_cast<float>(v * kW);
+        x = index < splat(static_cast<float>(s.lows[state + i])) ? splat(otherwise) : x;
+        return index < splat(static_cast<float>(s.highs[state + i])) ? x : splat(otherwise);
+    };
+    const auto scale_at = [&](int v) { return at.scales[v * kW / kTokenGroup] + v * kW % kTokenGroup * 4; };
+    float tile_maxima[kW], tile_scales[kW] = {};
+
     for (int64_t i = 0; i < rows; ++i) {
-        if (kMasked) see(p, position_of(p, row + i), begin, num_keys, s, state + i);
-        softmax_row<Cache, kMasked, kPlain>(p, at, begin, kv_head, row + i, s, state + i, s.scores + i * kKeyTile,
-                                            s.probabilities + i * kWeightBytes<Cache>);
+        float* scores = s.scores + i * kKeyTile;
+        const int64_t position = s.positions[state + i];
+        if (kMasked) see(p, position, begin, num_keys, s.lows + state + i, s.highs + state + i);
+        VF maximum = splat(kMinusInfinity), largest_scale = {};
+        PELTON_UNROLL
+        for (int v = 0; v < kVecs; ++v) {
+            VF x = load(scores + v * kW);
+            if constexpr (Cache::kBytes) x *= as_float(load_u32(scale_at(v)));
+            if (!kPlain && p.cap != 0.0f) x = tanh(x) * p.cap;
+            if (!kPlain && p.slopes) {
+                const float slope = p.slopes[kv_head * p.group + (row + i) % p.group] * kLog2e;
+                x += (lanes + static_cast<float>(begin + v * kW - position)) * slope;
+            }
+            if (kMasked) x = masked(i, v, x, kMinusInfinity);
+            if (Cache::kBytes || kMasked || !kPlain) store(scores + v * kW, x);
+            maximum = max(maximum, x);
+            if constexpr (kInteger) {
+                VF scale = as_float(load_u32(scale_at(v) + at.value_scales));
+                largest_scale = max(largest_scale, kMasked ? masked(i, v, scale, 0.0f) : scale);
+            }
+        }
+        tile_maxima[i] = max_lane(maximum);
+        if constexpr (kInteger) tile_scales[i] = max_lane(largest_scale);
+    }
+
+    // All rows at once. A NaN becomes the maximum, or the correction in the tile after it.
+    const VF before = load_n(s.split.maxima + state, rows), tile = load_n(tile_maxima, rows);
+    VF now = tile <= before ? before : tile;
+    store_n(s.split.maxima + state, now, rows);
+    // While nothing is visible the maximum stays -inf; subtract 0 then, as -inf - -inf is NaN.
+    const VF shift = now == kMinusInfinity ? VF{} : now;
+    store_n(s.corrections + state, exp2_nonpositive(before - shift), rows);
+    [[maybe_unused]] VF inverses;
+    if constexpr (kInteger) {
+        // What no probability times the scale of its value exceeds is 65000 units.
+        const VF bound = exp2_nonpositive(tile - shift) * load(tile_scales);
+        store_n(s.units + state, bound * (1.0f / kWeightUnits), rows);
+        inverses = bound > 1e-30f ? kWeightUnits / bound : VF{};
+    }
+
+    for (int64_t i = 0; i < rows; ++i) {
+        const float* scores = s.scores + i * kKeyTile;
+        char* probabilities = s.probabilities + i * kWeightBytes<Cache>;
+        VF e[kVecs], total = {};
+        PELTON_UNROLL
+        for (int v = 0; v < kVecs; ++v) e[v] = exp2_nonpositive(load(scores + v * kW) - shift[i]);
+        if constexpr (Cache::kDot && !Cache::kBytes) {
+            total = store_rounded(probabilities, e);
+        } else {
+            PELTON_UNROLL
+            for (int v = 0; v < kVecs; ++v) {
+                total += e[v];
+                if constexpr (Cache::kBytes) {
+                    e[v] *= as_float(load_u32(scale_at(v) + at.value_scales));
+                    if (kMasked) e[v] = masked(i, v, e[v], 0.0f);
+                }
+                if constexpr (kInteger) {
+                    VU whole = reinterpret_cast<VU>(
+                        __builtin_convertvector(fma(e[v], splat(inverses[i]), splat(0.5f)), VI));
+                    store_u8(probabilities + v * kW, __builtin_convertvector(whole >> 8, VB));
+                    store_u8(probabilities + kKeyTile + v * kW, __builtin_convertvector(whole, VB));
+                } else {
+                    store(reinterpret_cast<float*>(probabilities) + v * kW, e[v]);
+                }
+            }
+        }
+        float* sums = s.lane_sums + (state + i) * kW;
+        store(sums, fma(load(sums), splat(s.corrections[state + i]), total));
     }
 }
 
@@ -247,10 +262,10 @@ void attend_tile(const Problem& p, const AttentionTile& tile, int64_t kv_head, i
     const int64_t num_keys = end - begin, padded = p.layout.padded;
     for_row_tiles<kTileRows>(tile.row_end - tile.row_begin, [&]<int kRows>(int64_t m) {
         const int64_t row = tile.row_begin + m, state = base + m;
-        const int64_t first = position_of(p, row), last = position_of(p, row + kRows - 1);
+        const int64_t first = s.positions[state], last = s.positions[state + kRows - 1];
         if (last < begin || (p.window && first - p.window + 1 >= end)) return;  // sees nothing of the tile
         next.fetch = m < 2 * kTileRows;  // later rows find what these have fetched
-        score_tile<Cache, kRows>(s.queries + state * p.q_stride, p.q_stride, s.biases + state, at, next,
+        score_tile<Cache, kRows>(s.queries + state * p.q_stride, p.q_stride, s.factors + state, s.biases + state, at, next,
                                  p.layout.lane_rows, num_keys, s.scores);
         const bool whole =
             first + 1 - begin >= kKeyTile && num_keys == kKeyTile && !(p.window && last - p.window + 1 > begin);
@@ -275,6 +290,7 @@ void attend(const Problem& p, const AttentionTile& tile, Scratch s) {
     for (int64_t i = 0; i < rows; ++i) {
         const int64_t row = tile.row_begin + i % head_rows;
         const int64_t head = (tile.kv_head + i / head_rows) * p.group + row % p.group;
+        s.positions[i] = static_cast<int32_t>(position_of(p, row));
         load_query<Cache>(p, q + (p.query_start + row / p.group) * call.ints[kLdQ] + head * p.head_dim, s, i);
     }
     const int64_t first = position_of(p, tile.row_begin), last = position_of(p, tile.row_end - 1);
@@ -383,6 +399,7 @@ void attention_tiles(const Call& call, int64_t first, int64_t end, Worker& worke
     s.lows = reinterpret_cast<int32_t*>(floats(kRowTile));
     s.highs = reinterpret_cast<int32_t*>(floats(kRowTile));
     s.biases = reinterpret_cast<int32_t*>(floats(kRowTile));
+    s.positions = reinterpret_cast<int32_t*>(floats(kRowTile));
 
     const AttentionTile* tiles = static_cast<const AttentionWork*>(call.plan)->tiles;
     for (int64_t i = first; i < end; ++i) {

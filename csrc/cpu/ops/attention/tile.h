@@ -63,7 +63,7 @@ PELTON_INLINE VF dot_lanes(VF acc, VU row, VU lanes) {
     return acc;
 }
 
-// ---- scores [rows][64] = queries x keys
+// ---- scores [rows][64] = queries x keys x factors
 
 // Fetches keys of the tile after this one: processors follow a stream by themselves within a page only, and a
 // block is hardly more than one. Four lines in a row, as memory prefers runs.
@@ -74,7 +74,7 @@ PELTON_INLINE void fetch_keys(const TileAddress& next, int64_t d) {
 }
 
 template <class Cache, int kRows>
-PELTON_APART void score_tile(const char* q, int64_t q_stride, [[maybe_unused]] const int32_t* biases, const TileAddress& at, const TileAddress& next,
+PELTON_APART void score_tile(const char* q, int64_t q_stride, const float* factors, [[maybe_unused]] const int32_t* biases, const TileAddress& at, const TileAddress& next,
                 int64_t lane_rows, int64_t num_keys, float* scores) {
     for (int64_t key = 0; key < num_keys; key += kTileVecs * kW) {
         const char* k[kTileVecs];
@@ -112,7 +112,7 @@ PELTON_APART void score_tile(const char* q, int64_t q_stride, [[maybe_unused]] c
             for (int m = 0; m < kRows; ++m) {
                 PELTON_UNROLL
                 for (int v = 0; v < kTileVecs; ++v) {
-                    store(scores + m * kKeyTile + key + v * kW, __builtin_convertvector(acc[m][v] - biases[m], VF));
+                    store(scores + m * kKeyTile + key + v * kW, __builtin_convertvector(acc[m][v] - biases[m], VF) * factors[m]);
                 }
             }
 #endif
@@ -151,7 +151,7 @@ PELTON_APART void score_tile(const char* q, int64_t q_stride, [[maybe_unused]] c
             PELTON_UNROLL
             for (int m = 0; m < kRows; ++m) {
                 PELTON_UNROLL
-                for (int v = 0; v < kTileVecs; ++v) store(scores + m * kKeyTile + key + v * kW, acc[m][v]);
+                for (int v = 0; v < kTileVecs; ++v) store(scores + m * kKeyTile + key + v * kW, acc[m][v] * factors[m]);
             }
         }
     }
