@@ -17,6 +17,7 @@ namespace {
 using namespace attention;
 
 constexpr float kMinusInfinity = -__builtin_inff();
+constexpr int kMaxHeadDim = 512;
 constexpr float kLog2e = 1.44269504f;
 // A query of an int8 cache is high * 128 + low times its unit, both signed bytes.
 constexpr float kQueryUnits = 127.0f * 128.0f;
@@ -29,7 +30,7 @@ struct State {
 };
 
 struct Scratch {
-    char* queries;        // [kRowTile][q_stride], as Cache::kDot says
+    char* queries;        // of a register tile after the other, `q_stride` bytes a row
     float* scores;        // [register tile][kKeyTile]
     char* probabilities;  // [register tile][kWeightBytes]
     float* lane_sums;     // [kRowTile][kW]
@@ -70,9 +71,9 @@ TileAddress address_tile(const Problem& p, int64_t kv_head, int64_t begin, int64
 
 // ---- queries
 
+// Packs a query as Cache::kDot says; returns how many 32-bit elements that are.
 template <class Cache>
-void load_query(const Problem& p, const float* from, const Scratch& s, int64_t i) {
-    char* to = s.queries + i * p.q_stride;
+int64_t load_query(const Problem& p, const float* from, const Scratch& s, int64_t i, char* to) {
     const int64_t head_dim = p.head_dim;
     s.factors[i] = p.scale;
     if constexpr (!Cache::kDot) {
@@ -114,6 +115,28 @@ void load_query(const Problem& p, const float* from, const Scratch& s, int64_t i
         s.biases[i] = bias * 128;
         s.factors[i] = p.scale * unit;
 #endif
+    }
+    return p.layout.lane_rows * (!Cache::kDot ? Cache::kStep : Cache::kBytes ? 2 : 1);
+}
+
+template <class Cache>
+void load_queries(const Problem& p, const AttentionTile& tile, const Scratch& s) {
+    const Call& call = *p.call;
+    const float* q = reinterpret_cast<const float*>(call.operands[kQ].data);
+    alignas(64) uint32_t packed[kMaxHeadDim];
+    for (int64_t h = 0; h < tile.kv_heads; ++h) {
+        const int64_t head = (tile.kv_head + h) * p.group, head_rows = tile.row_end - tile.row_begin;
+        for_row_tiles<kTileRows>(head_rows, [&]<int kRows>(int64_t m) {
+            uint32_t* to = reinterpret_cast<uint32_t*>(s.queries + (h * head_rows + m) * p.q_stride);
+            for (int64_t i = 0; i < kRows; ++i) {
+                const int64_t row = tile.row_begin + m + i, token = row / p.group, state = h * head_rows + m + i;
+                s.positions[state] = static_cast<int32_t>(p.first_position + token);
+                const float* from = q + (p.query_start + token) * call.ints[kLdQ] +
+                                    (head + row - token * p.group) * p.head_dim;
+                const int64_t elements = load_query<Cache>(p, from, s, state, reinterpret_cast<char*>(packed));
+                for (int64_t e = 0; e < elements; ++e) to[e * kRows + i] = packed[e];
+            }
+        });
     }
 }
 
@@ -265,7 +288,7 @@ void attend_tile(const Problem& p, const AttentionTile& tile, int64_t kv_head, i
         const int64_t first = s.positions[state], last = s.positions[state + kRows - 1];
         if (last < begin || (p.window && first - p.window + 1 >= end)) return;  // sees nothing of the tile
         next.fetch = m < 2 * kTileRows;  // later rows find what these have fetched
-        score_tile<Cache, kRows>(s.queries + state * p.q_stride, p.q_stride, s.factors + state, s.biases + state, at, next,
+        score_tile<Cache, kRows>(s.queries + state * p.q_stride, s.factors + state, s.biases + state, at, next,
                                  p.layout.lane_rows, num_keys, s.scores);
         const bool whole =
             first + 1 - begin >= kKeyTile && num_keys == kKeyTile && !(p.window && last - p.window + 1 > begin);
@@ -286,13 +309,7 @@ void attend(const Problem& p, const AttentionTile& tile, Scratch s) {
     const Call& call = *p.call;
     const int64_t head_rows = tile.row_end - tile.row_begin, rows = head_rows * tile.kv_heads;
     const int64_t padded = p.layout.padded;
-    const float* q = reinterpret_cast<const float*>(call.operands[kQ].data);
-    for (int64_t i = 0; i < rows; ++i) {
-        const int64_t row = tile.row_begin + i % head_rows;
-        const int64_t head = (tile.kv_head + i / head_rows) * p.group + row % p.group;
-        s.positions[i] = static_cast<int32_t>(position_of(p, row));
-        load_query<Cache>(p, q + (p.query_start + row / p.group) * call.ints[kLdQ] + head * p.head_dim, s, i);
-    }
+    load_queries<Cache>(p, tile, s);
     const int64_t first = position_of(p, tile.row_begin), last = position_of(p, tile.row_end - 1);
     const int64_t seen = p.window && first >= p.window ? (first - p.window + 1) / kKeyTile * kKeyTile : 0;
     const int64_t until = last + 1 < tile.split_end * kSplit ? last + 1 : tile.split_end * kSplit;

@@ -65,6 +65,8 @@ PELTON_INLINE VF dot_lanes(VF acc, VU row, VU lanes) {
 
 // ---- scores [rows][64] = queries x keys x factors
 
+// Queries lie in 32-bit elements [element][kRows], so that one pointer walks those of a register tile.
+
 // Fetches keys of the tile after this one: processors follow a stream by themselves within a page only, and a
 // block is hardly more than one. Four lines in a row, as memory prefers runs.
 PELTON_INLINE void fetch_keys(const TileAddress& next, int64_t d) {
@@ -74,7 +76,7 @@ PELTON_INLINE void fetch_keys(const TileAddress& next, int64_t d) {
 }
 
 template <class Cache, int kRows>
-PELTON_APART void score_tile(const char* q, int64_t q_stride, const float* factors, [[maybe_unused]] const int32_t* biases, const TileAddress& at, const TileAddress& next,
+PELTON_APART void score_tile(const char* q, const float* factors, [[maybe_unused]] const int32_t* biases, const TileAddress& at, const TileAddress& next,
                 int64_t lane_rows, int64_t num_keys, float* scores) {
     for (int64_t key = 0; key < num_keys; key += kTileVecs * kW) {
         const char* k[kTileVecs];
@@ -95,13 +97,13 @@ PELTON_APART void score_tile(const char* q, int64_t q_stride, const float* facto
                     if (part == 0 && next.fetch) fetch_keys(next, d);
                     PELTON_UNROLL
                     for (int m = 0; m < kRows; ++m) {
-                        VU quad = splat_u32(pair_at(q + m * q_stride + d * 4));
+                        VU quad = splat_u32(pair_at(q + (d * kRows + m) * 4));
                         PELTON_UNROLL
                         for (int v = 0; v < kTileVecs; ++v) acc[m][v] = dot_bytes(acc[m][v], lanes[v], quad);
                     }
                 }
                 if (part == 1) break;
-                q += lane_rows * 4;
+                q += lane_rows * kRows * 4;
                 PELTON_UNROLL
                 for (int m = 0; m < kRows; ++m) {
                     PELTON_UNROLL
@@ -127,11 +129,11 @@ PELTON_APART void score_tile(const char* q, int64_t q_stride, const float* facto
                 if constexpr (Cache::kDot) {
                     PELTON_UNROLL
                     for (int m = 0; m < kRows; ++m) {
-                        VU packed = splat_u32(pair_at(x + m * q_stride));
+                        VU packed = splat_u32(pair_at(x + m * 4));
                         PELTON_UNROLL
                         for (int v = 0; v < kTileVecs; ++v) acc[m][v] = dot_lanes<Cache>(acc[m][v], packed, lanes[v]);
                     }
-                    x += 4;
+                    x += kRows * 4;
                 } else {
                     PELTON_UNROLL
                     for (int i = 0; i < Cache::kStep; ++i) {
@@ -140,11 +142,11 @@ PELTON_APART void score_tile(const char* q, int64_t q_stride, const float* facto
                         for (int v = 0; v < kTileVecs; ++v) elements[v] = element<Cache>(lanes[v], i);
                         PELTON_UNROLL
                         for (int m = 0; m < kRows; ++m) {
-                            VF dim = splat(*reinterpret_cast<const float*>(x + m * q_stride));
+                            VF dim = splat(*reinterpret_cast<const float*>(x + m * 4));
                             PELTON_UNROLL
                             for (int v = 0; v < kTileVecs; ++v) acc[m][v] = fma(dim, elements[v], acc[m][v]);
                         }
-                        x += 4;
+                        x += kRows * 4;
                     }
                 }
             }
