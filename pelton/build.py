@@ -289,7 +289,7 @@ def _check(config: EngineConfig) -> None:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise PeltonError(f"{name} is {value!r}", "give a whole number from 1, or leave it out")
     for name, allowed in (("device", ("cpu", "reference")), ("dtype", ("auto", "f32", "bf16")),
-                          ("kv_cache_dtype", ("auto", "f32", "bf16"))):  # fmt: skip
+                          ("kv_cache_dtype", ("auto", "f32", "bf16", "int8"))):  # fmt: skip
         if getattr(config, name) not in allowed:
             raise PeltonError(f"{name} is {getattr(config, name)!r}", f"choose one of {', '.join(allowed)}")
     if config.block_size % 16:

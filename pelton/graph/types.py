@@ -27,8 +27,9 @@ class DType:
 F32 = DType("f32", 32)
 F16 = DType("f16", 16)
 BF16 = DType("bf16", 16)
+I8 = DType("i8", 8)  # of KV caches: codes from -127 to 127 with a float32 scale per token and head
 I32 = DType("i32", 32)
-DTYPES = {d.name: d for d in (F32, F16, BF16, I32)}
+DTYPES = {d.name: d for d in (F32, F16, BF16, I8, I32)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,12 @@ class CacheType:
     num_kv_heads: int
     head_dim: int
     dtype: DType
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of the keys and values of one token, scales included."""
+        scale = 4 if self.dtype == I8 else 0
+        return 2 * self.num_kv_heads * (self.head_dim * self.dtype.bits / 8 + scale)
 
     def __str__(self) -> str:
         return f"cache<{self.dtype}>[{self.num_kv_heads}, {self.head_dim}]"

@@ -48,6 +48,11 @@ struct CacheTarget {
     int64_t format;
 };
 
+// kW numbers from d on, or as many as there are and zeros.
+PELTON_INLINE VF part(const float* x, int64_t d, int64_t count) {
+    return count - d < kW ? load_n(x + d, count - d) : load(x + d);
+}
+
 // Codes from -127 to 127, to the nearest (even), of numbers in units of the scale, which is returned: the largest
 // magnitude over 127. If a number is not finite all codes are 0 and the scale infinite: nothing finite comes of it.
 template <class F>
@@ -55,18 +60,19 @@ PELTON_INLINE float round_to_bytes(const float* x, int64_t count, F put) {
     VF largest = {}, poison = {};
     int64_t d = 0;
     for (; d < count; d += kW) {
-        VF part = count - d < kW ? load_n(x + d, count - d) : load(x + d);
-        largest = max(largest, abs(part));
-        poison += part * 0.0f;  // a maximum may lose a NaN
+        largest = max(largest, abs(part(x, d, count)));
+        poison += part(x, d, count) * 0.0f;  // a maximum may lose a NaN
     }
     const float size = max_lane(largest) + sum(poison);
     const float scale = size < __builtin_inff() ? size / 127.0f : __builtin_inff();
     const bool divide = scale > 0.0f && scale < __builtin_inff();
     for (d = 0; d < count; d += kW) {
-        VF part = count - d < kW ? load_n(x + d, count - d) : load(x + d);
         // Adding 1.5 * 2^23 rounds, and leaves the code in the lowest bits.
-        VF shifted = (divide ? part / scale : VF{}) + 12582912.0f;
-        for (int lane = 0; lane < kW && d + lane < count; ++lane) put(d + lane, static_cast<int8_t>(as_u32(shifted)[lane]));
+        VF codes = divide ? min(splat(127.0f), max(splat(-127.0f), part(x, d, count) / scale)) : VF{};
+        VF shifted = codes + 12582912.0f;
+        int32_t lanes[kW];
+        store_u32(lanes, as_u32(shifted));
+        for (int64_t i = d; i < count && i < d + kW; ++i) put(i, static_cast<int8_t>(lanes[i - d]));
     }
     return scale;
 }
@@ -79,10 +85,14 @@ void write_slot(const CacheTarget& t, int64_t slot, int64_t head, const float* k
     keys += group * t.layout.lane_rows * kTokenGroup * 4 + lane * 4;
     if (t.format == kCacheBf16) {
         values += token / 2 * padded * 4 + token % 2 * 2;
-        for (int64_t d = 0; d < t.head_dim; ++d) {
-            *reinterpret_cast<uint16_t*>(keys + d / 2 * 64 + d % 2 * 2) = to_bf16_scalar(k[d]);
-        }
-        for (int64_t d = 0; d < t.head_dim; ++d) *reinterpret_cast<uint16_t*>(values + d * 4) = to_bf16_scalar(v[d]);
+        uint16_t rounded[kMaxHeadDim + kW];
+        const auto round_all = [&](const float* x) {
+            for (int64_t d = 0; d < t.head_dim; d += kW) store_u16(rounded + d, to_bf16(part(x, d, t.head_dim)));
+        };
+        round_all(k);
+        for (int64_t d = 0; d < t.head_dim; d += 2) __builtin_memcpy(keys + d * 32, rounded + d, 4);
+        round_all(v);
+        for (int64_t d = 0; d < t.head_dim; ++d) __builtin_memcpy(values + d * 4, rounded + d, 2);
     } else if (t.format == kCacheInt8) {
         float* scales = reinterpret_cast<float*>(values + t.layout.value_bytes) + token;
         values += token / 4 * padded * 4 + token % 4;
