@@ -104,8 +104,8 @@ int64_t load_query(const Problem& p, const float* from, const Scratch& s, int64_
             total += value;
             VI high = (value + 64) >> 7, low = value - (high << 7);
             char parts[2][kW];
-            __builtin_memcpy(parts[0], &(const VB&)__builtin_convertvector(reinterpret_cast<VU>(high), VB), kW);
-            __builtin_memcpy(parts[1], &(const VB&)__builtin_convertvector(reinterpret_cast<VU>(low), VB), kW);
+            store_bytes(parts[0], reinterpret_cast<VU>(high));
+            store_bytes(parts[1], reinterpret_cast<VU>(low));
             const int64_t count = bytes - d < kW ? bytes - d : kW;
             __builtin_memcpy(to + d, parts[0], count);
             __builtin_memcpy(to + bytes + d, parts[1], count);
@@ -181,7 +181,10 @@ PELTON_APART void softmax_rows(const Problem& p, const TileAddress& at, int64_t 
         return index < splat(static_cast<float>(s.highs[state + i])) ? x : splat(otherwise);
     };
     const auto scale_at = [&](int v) { return at.scales[v * kW / kTokenGroup] + v * kW % kTokenGroup * 4; };
-    float tile_maxima[kW], tile_scales[kW] = {};
+    // Of row i in lane i: what goes through memory in another width than it came waits there for the store.
+    VF tile = splat(kMinusInfinity);
+    [[maybe_unused]] VF tile_scales = {};
+    const auto put = [&](VF all, int64_t i, float x) { return lanes == static_cast<float>(i) ? splat(x) : all; };
 
     for (int64_t i = 0; i < rows; ++i) {
         float* scores = s.scores + i * kKeyTile;
@@ -205,21 +208,22 @@ PELTON_APART void softmax_rows(const Problem& p, const TileAddress& at, int64_t 
                 largest_scale = max(largest_scale, kMasked ? masked(i, v, scale, 0.0f) : scale);
             }
         }
-        tile_maxima[i] = max_lane(maximum);
-        if constexpr (kInteger) tile_scales[i] = max_lane(largest_scale);
+        tile = put(tile, i, max_lane(maximum));
+        if constexpr (kInteger) tile_scales = put(tile_scales, i, max_lane(largest_scale));
     }
 
     // All rows at once. A NaN becomes the maximum, or the correction in the tile after it.
-    const VF before = load_n(s.split.maxima + state, rows), tile = load_n(tile_maxima, rows);
+    const VF before = load_n(s.split.maxima + state, rows);
     VF now = tile <= before ? before : tile;
     store_n(s.split.maxima + state, now, rows);
     // While nothing is visible the maximum stays -inf; subtract 0 then, as -inf - -inf is NaN.
     const VF shift = now == kMinusInfinity ? VF{} : now;
-    store_n(s.corrections + state, exp2_nonpositive(before - shift), rows);
+    const VF corrections = exp2_nonpositive(before - shift);
+    store_n(s.corrections + state, corrections, rows);
     [[maybe_unused]] VF inverses;
     if constexpr (kInteger) {
         // What no probability times the scale of its value exceeds is 65000 units.
-        const VF bound = exp2_nonpositive(tile - shift) * load(tile_scales);
+        const VF bound = exp2_nonpositive(tile - shift) * tile_scales;
         store_n(s.units + state, bound * (1.0f / kWeightUnits), rows);
         inverses = bound > 1e-30f ? kWeightUnits / bound : VF{};
     }
@@ -241,17 +245,19 @@ PELTON_APART void softmax_rows(const Problem& p, const TileAddress& at, int64_t 
                     if (kMasked) e[v] = masked(i, v, e[v], 0.0f);
                 }
                 if constexpr (kInteger) {
+#if defined(__AVX512VNNI__)
                     VU whole = reinterpret_cast<VU>(
                         __builtin_convertvector(fma(e[v], splat(inverses[i]), splat(0.5f)), VI));
-                    store_u8(probabilities + v * kW, __builtin_convertvector(whole >> 8, VB));
-                    store_u8(probabilities + kKeyTile + v * kW, __builtin_convertvector(whole, VB));
+                    store_bytes(probabilities + v * kW, whole >> 8);
+                    store_bytes(probabilities + kKeyTile + v * kW, whole);
+#endif
                 } else {
                     store(reinterpret_cast<float*>(probabilities) + v * kW, e[v]);
                 }
             }
         }
         float* sums = s.lane_sums + (state + i) * kW;
-        store(sums, fma(load(sums), splat(s.corrections[state + i]), total));
+        store(sums, fma(load(sums), splat(corrections[i]), total));
     }
 }
 
@@ -288,6 +294,7 @@ void attend_tile(const Problem& p, const AttentionTile& tile, int64_t kv_head, i
         const int64_t first = s.positions[state], last = s.positions[state + kRows - 1];
         if (last < begin || (p.window && first - p.window + 1 >= end)) return;  // sees nothing of the tile
         next.fetch = m < 2 * kTileRows;  // later rows find what these have fetched
+        if (Cache::kBytes && m == 0) fetch_scales(next);
         score_tile<Cache, kRows>(s.queries + state * p.q_stride, s.factors + state, s.biases + state, at, next,
                                  p.layout.lane_rows, num_keys, s.scores);
         const bool whole =

@@ -75,6 +75,13 @@ PELTON_INLINE void fetch_keys(const TileAddress& next, int64_t d) {
     for (int i = 0; i < 4; ++i) __builtin_prefetch(lines + i * 64);
 }
 
+PELTON_INLINE void fetch_scales(const TileAddress& next) {
+    for (const char* scales : next.scales) {
+        __builtin_prefetch(scales);
+        __builtin_prefetch(scales + next.value_scales);
+    }
+}
+
 template <class Cache, int kRows>
 PELTON_APART void score_tile(const char* q, const float* factors, [[maybe_unused]] const int32_t* biases, const TileAddress& at, const TileAddress& next,
                 int64_t lane_rows, int64_t num_keys, float* scores) {
