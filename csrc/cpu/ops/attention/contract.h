@@ -24,13 +24,13 @@ constexpr int kTokenGroup = 16;
 enum CacheFormat { kCacheF32, kCacheBf16, kCacheInt8 };
 
 // Per block and KV head: keys, then values, for int8 then the scales of the keys and of the values.
-//   f32:  keys [block_size / 16][head_dim][16],         values [block_size][padded]
-//   bf16: keys [block_size / 16][head_dim / 2][16][2],  values [block_size / 2][padded][2]
-//   int8: keys [block_size / 16][quads][16][4],         values [block_size / 4][padded][4],
+//   f32:  keys [head_dim][block_size],         values [block_size][padded]
+//   bf16: keys [head_dim / 2][block_size][2],  values [block_size / 2][padded][2]
+//   int8: keys [quads][block_size][4],         values [block_size / 4][padded][4],
 //         scales f32 [2][block_size]; a number is its code times the scale of its token and head
-// with padded = head_dim rounded up to 16 and quads = head_dim / 4 rounded up. A row of 16 keys is a cache
-// line. Keys lie transposed so that scores of neighbouring tokens are neighbouring lanes and need no
-// horizontal sums; what shares a 32-bit lane is what vdpbf16ps, vpdpbusd and AMX tiles multiply at once.
+// with padded = head_dim rounded up to 16 and quads = head_dim / 4 rounded up. Keys lie transposed so that
+// scores of neighbouring tokens are neighbouring lanes and need no horizontal sums; what shares a 32-bit lane
+// is what vdpbf16ps, vpdpbusd and AMX tiles multiply at once.
 struct CacheLayout {
     int64_t padded;
     int64_t lane_rows;    // 32-bit lanes that a key takes

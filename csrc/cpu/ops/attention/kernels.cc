@@ -30,23 +30,23 @@ struct State {
 };
 
 struct Scratch {
-    char* queries;        // of a register tile after the other, `q_stride` bytes a row
-    float* scores;        // [register tile][kKeyTile]
-    char* probabilities;  // [register tile][kWeightBytes]
-    float* lane_sums;     // [kRowTile][kW]
-    State split, total;   // of the current split, and of those before it
+    char* queries;                         // of a register tile after the other, `q_stride` bytes a row
+    float* scores;                         // [register tile][kKeyTile]
+    char* probabilities;                   // [register tile][kWeightBytes]
+    float* lane_sums;                      // [kRowTile][kW]
+    State split, total;                    // of the current split, and of those before it
     float *corrections, *units, *factors;  // units: of probabilities; factors: of scores
-    int32_t *lows, *highs;  // the keys [low, high) of the current tile that a row sees
-    int32_t *biases, *positions;  // biases: of scores
+    int32_t *lows, *highs;                 // the keys [low, high) of the current tile that a row sees
+    int32_t *biases, *positions;           // biases: of scores
 };
 
 struct Problem {
     const Call* call;
     CacheLayout layout;
     int64_t head_dim, block_size, group, window, value_row, q_stride;
-    float scale, cap;                 // in powers of 2 where there is no cap
-    const float* slopes;              // of the query heads, or null
-    const int32_t* block_table;       // row of this sequence
+    float scale, cap;                              // in powers of 2 where there is no cap
+    const float* slopes;                           // of the query heads, or null
+    const int32_t* block_table;                    // row of this sequence
     int64_t query_start, seq_len, first_position;  // of query token 0
     const char* cache;
 };
@@ -56,13 +56,14 @@ PELTON_INLINE int64_t position_of(const Problem& p, int64_t row) { return p.firs
 TileAddress address_tile(const Problem& p, int64_t kv_head, int64_t begin, int64_t end) {
     TileAddress at;
     at.fetch = true;
-    at.value_scales = p.block_size * 4;
+    at.value_scales = at.key_row = p.block_size * 4;
     for (int i = 0; i < kKeyTile / kTokenGroup; ++i) {
         int64_t token = begin + i * kTokenGroup;
         if (token >= end) token = (end - 1) / kTokenGroup * kTokenGroup;
         const int64_t inside = token % p.block_size;
-        const char* block = p.cache + kv_head * p.layout.head_bytes + p.block_table[token / p.block_size] * p.layout.block_bytes;
-        at.keys[i] = block + inside * p.layout.lane_rows * 4;
+        const char* block =
+            p.cache + kv_head * p.layout.head_bytes + p.block_table[token / p.block_size] * p.layout.block_bytes;
+        at.keys[i] = block + inside * 4;
         at.values[i] = block + p.layout.key_bytes + inside * p.value_row;
         at.scales[i] = block + p.layout.key_bytes + p.layout.value_bytes + inside * 4;
     }
@@ -89,7 +90,9 @@ int64_t load_query(const Problem& p, const float* from, const Scratch& s, int64_
         }
     } else {
 #if defined(__AVX512VNNI__)
-        const auto part = [&](int64_t d) { return head_dim - d < kW ? load_n(from + d, head_dim - d) : load(from + d); };
+        const auto part = [&](int64_t d) {
+            return head_dim - d < kW ? load_n(from + d, head_dim - d) : load(from + d);
+        };
         VF largest = {}, poison = {};
         for (int64_t d = 0; d < head_dim; d += kW) {
             largest = max(largest, abs(part(d)));
@@ -131,8 +134,8 @@ void load_queries(const Problem& p, const AttentionTile& tile, const Scratch& s)
             for (int64_t i = 0; i < kRows; ++i) {
                 const int64_t row = tile.row_begin + m + i, token = row / p.group, state = h * head_rows + m + i;
                 s.positions[state] = static_cast<int32_t>(p.first_position + token);
-                const float* from = q + (p.query_start + token) * call.ints[kLdQ] +
-                                    (head + row - token * p.group) * p.head_dim;
+                const float* from =
+                    q + (p.query_start + token) * call.ints[kLdQ] + (head + row - token * p.group) * p.head_dim;
                 const int64_t elements = load_query<Cache>(p, from, s, state, reinterpret_cast<char*>(packed));
                 for (int64_t e = 0; e < elements; ++e) to[e * kRows + i] = packed[e];
             }
@@ -158,8 +161,8 @@ PELTON_INLINE VF store_rounded([[maybe_unused]] char* to, [[maybe_unused]] const
 #if defined(__AVX512BF16__)
     PELTON_UNROLL
     for (int v = 0; v < kKeyTile / kW; v += 2) {
-        VU pairs = reinterpret_cast<VU>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(e[v + 1]),
-                                                            reinterpret_cast<__m512>(e[v])));
+        VU pairs = reinterpret_cast<VU>(
+            _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(e[v + 1]), reinterpret_cast<__m512>(e[v])));
         store_u32(to + v * kW * 2, pairs);
         total = dot_pairs(total, pairs, splat_u32(0x3f803f80u));
     }
@@ -246,8 +249,8 @@ PELTON_APART void softmax_rows(const Problem& p, const TileAddress& at, int64_t 
                 }
                 if constexpr (kInteger) {
 #if defined(__AVX512VNNI__)
-                    VU whole = reinterpret_cast<VU>(
-                        __builtin_convertvector(fma(e[v], splat(inverses[i]), splat(0.5f)), VI));
+                    VU whole =
+                        reinterpret_cast<VU>(__builtin_convertvector(fma(e[v], splat(inverses[i]), splat(0.5f)), VI));
                     store_bytes(probabilities + v * kW, whole >> 8);
                     store_bytes(probabilities + kKeyTile + v * kW, whole);
 #endif
@@ -301,7 +304,7 @@ void attend_tile(const Problem& p, const AttentionTile& tile, int64_t kv_head, i
             first + 1 - begin >= kKeyTile && num_keys == kKeyTile && !(p.window && last - p.window + 1 > begin);
         Seen seen = {nullptr, nullptr, 0, 0, kKeyTile, kKeyTile};
         const bool plain = p.cap == 0.0f && !p.slopes;
-        const auto softmax = whole ? plain ? softmax_rows<Cache, false, true> : softmax_rows<Cache, false, false>
+        const auto softmax = whole   ? plain ? softmax_rows<Cache, false, true> : softmax_rows<Cache, false, false>
                              : plain ? softmax_rows<Cache, true, true>
                                      : softmax_rows<Cache, true, false>;
         softmax(p, at, begin, num_keys, kv_head, row, kRows, s, state);

@@ -44,6 +44,7 @@ struct TileAddress {
     const char* values[kKeyTile / kTokenGroup];
     const char* scales[kKeyTile / kTokenGroup];  // of the keys; int8 only
     int64_t value_scales;                        // bytes from there to those of the values
+    int64_t key_row;                             // bytes from a lane of a key to the next
 };
 
 // Element i of each lane.
@@ -67,12 +68,11 @@ PELTON_INLINE VF dot_lanes(VF acc, VU row, VU lanes) {
 
 // Queries lie in 32-bit elements [element][kRows], so that one pointer walks those of a register tile.
 
-// Fetches keys of the tile after this one: processors follow a stream by themselves within a page only, and a
-// block is hardly more than one. Four lines in a row, as memory prefers runs.
-PELTON_INLINE void fetch_keys(const TileAddress& next, int64_t d) {
-    const char* lines = next.keys[d % 4] + d / 4 * 256;
+// Fetches keys of the tile after this one: processors follow a stream by themselves within a page only, and the
+// next block may lie anywhere.
+PELTON_INLINE void fetch_keys(const TileAddress& next, int64_t offset) {
     PELTON_UNROLL
-    for (int i = 0; i < 4; ++i) __builtin_prefetch(lines + i * 64);
+    for (int i = 0; i < kKeyTile / kTokenGroup; ++i) __builtin_prefetch(next.keys[i] + offset);
 }
 
 PELTON_INLINE void fetch_scales(const TileAddress& next) {
@@ -83,8 +83,10 @@ PELTON_INLINE void fetch_scales(const TileAddress& next) {
 }
 
 template <class Cache, int kRows>
-PELTON_APART void score_tile(const char* q, const float* factors, [[maybe_unused]] const int32_t* biases, const TileAddress& at, const TileAddress& next,
-                int64_t lane_rows, int64_t num_keys, float* scores) {
+PELTON_APART void score_tile(const char* q, const float* factors, [[maybe_unused]] const int32_t* biases,
+                             const TileAddress& at, const TileAddress& next, int64_t lane_rows, int64_t num_keys,
+                             float* scores) {
+    const int64_t key_row = at.key_row;
     for (int64_t key = 0; key < num_keys; key += kTileVecs * kW) {
         const char* k[kTileVecs];
         PELTON_UNROLL
@@ -97,11 +99,12 @@ PELTON_APART void score_tile(const char* q, const float* factors, [[maybe_unused
             // Signed times unsigned: 128 is added to the keys, and its share subtracted in the end.
             VI acc[kRows][kTileVecs] = {};
             for (int part = 0; part < 2; ++part) {
-                for (int64_t d = 0; d < lane_rows; ++d) {
+                int64_t offset = 0;
+                for (int64_t d = 0; d < lane_rows; ++d, offset += key_row) {
                     VU lanes[kTileVecs];
                     PELTON_UNROLL
-                    for (int v = 0; v < kTileVecs; ++v) lanes[v] = load_u32(k[v] + d * 64) ^ 0x80808080u;
-                    if (part == 0 && next.fetch) fetch_keys(next, d);
+                    for (int v = 0; v < kTileVecs; ++v) lanes[v] = load_u32(k[v] + offset) ^ 0x80808080u;
+                    if (part == 0 && next.fetch) fetch_keys(next, offset);
                     PELTON_UNROLL
                     for (int m = 0; m < kRows; ++m) {
                         VU quad = splat_u32(pair_at(q + (d * kRows + m) * 4));
@@ -121,18 +124,20 @@ PELTON_APART void score_tile(const char* q, const float* factors, [[maybe_unused
             for (int m = 0; m < kRows; ++m) {
                 PELTON_UNROLL
                 for (int v = 0; v < kTileVecs; ++v) {
-                    store(scores + m * kKeyTile + key + v * kW, __builtin_convertvector(acc[m][v] - biases[m], VF) * factors[m]);
+                    store(scores + m * kKeyTile + key + v * kW,
+                          __builtin_convertvector(acc[m][v] - biases[m], VF) * factors[m]);
                 }
             }
 #endif
         } else {
             VF acc[kRows][kTileVecs] = {};
             const char* x = q;
-            for (int64_t d = 0; d < lane_rows; ++d) {
+            int64_t offset = 0;
+            for (int64_t d = 0; d < lane_rows; ++d, offset += key_row) {
                 VU lanes[kTileVecs];
                 PELTON_UNROLL
-                for (int v = 0; v < kTileVecs; ++v) lanes[v] = load_u32(k[v] + d * 64);
-                if (key == 0 && next.fetch) fetch_keys(next, d);
+                for (int v = 0; v < kTileVecs; ++v) lanes[v] = load_u32(k[v] + offset);
+                if (key == 0 && next.fetch) fetch_keys(next, offset);
                 if constexpr (Cache::kDot) {
                     PELTON_UNROLL
                     for (int m = 0; m < kRows; ++m) {
@@ -217,9 +222,8 @@ PELTON_INLINE void take_keys(VF (&acc)[kVecs], const char* p, const VU (&lanes)[
 
 // Keys [begin, end) of which all rows see all.
 template <class Cache, int kRows, int kVecs>
-PELTON_APART void value_columns(const char* p, const float* corrections, const TileAddress& at,
-                                const TileAddress& next, int64_t begin, int64_t end, int64_t padded, int64_t col,
-                                float* out) {
+PELTON_APART void value_columns(const char* p, const float* corrections, const TileAddress& at, const TileAddress& next,
+                                int64_t begin, int64_t end, int64_t padded, int64_t col, float* out) {
     VF acc[kRows][kVecs];
     PELTON_UNROLL
     for (int m = 0; m < kRows; ++m) {
@@ -282,9 +286,9 @@ PELTON_APART void value_edge(const char* p, const TileAddress& at, int64_t low, 
 // The same for 16-bit probabilities and values of 8 bits: exact sums of integers, so that a probability of 0
 // is as good as a mask. `units` is what 1 of a row's probabilities stands for.
 template <int kRows, int kVecs>
-PELTON_APART void byte_value_columns(const char* p, const float* corrections, const float* units,
-                                      const TileAddress& at, const TileAddress& next, int64_t first, int64_t last,
-                                     int64_t padded, int64_t col, float* out) {
+PELTON_APART void byte_value_columns(const char* p, const float* corrections, const float* units, const TileAddress& at,
+                                     const TileAddress& next, int64_t first, int64_t last, int64_t padded, int64_t col,
+                                     float* out) {
     VI acc[kRows][kVecs] = {};
     const int64_t row_bytes = padded * 4;
     for (int part = 0; part < 2; ++part) {

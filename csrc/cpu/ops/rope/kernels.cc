@@ -79,10 +79,10 @@ PELTON_INLINE float round_to_bytes(const float* x, int64_t count, F put) {
 
 void write_slot(const CacheTarget& t, int64_t slot, int64_t head, const float* k, const float* v) {
     const int64_t block = slot / t.block_size, token = slot % t.block_size;
-    const int64_t group = token / kTokenGroup, lane = token % kTokenGroup, padded = t.layout.padded;
+    const int64_t padded = t.layout.padded, row = t.block_size * 4;  // row: from a lane of a key to the next
     char* keys = t.cache + block * t.layout.block_bytes + head * t.layout.head_bytes;
     char* values = keys + t.layout.key_bytes;
-    keys += group * t.layout.lane_rows * kTokenGroup * 4 + lane * 4;
+    keys += token * 4;
     if (t.format == kCacheBf16) {
         values += token / 2 * padded * 4 + token % 2 * 2;
         uint16_t rounded[kMaxHeadDim + kW];
@@ -90,16 +90,16 @@ void write_slot(const CacheTarget& t, int64_t slot, int64_t head, const float* k
             for (int64_t d = 0; d < t.head_dim; d += kW) store_u16(rounded + d, to_bf16(part(x, d, t.head_dim)));
         };
         round_all(k);
-        for (int64_t d = 0; d < t.head_dim; d += 2) __builtin_memcpy(keys + d * 32, rounded + d, 4);
+        for (int64_t d = 0; d < t.head_dim; d += 2) __builtin_memcpy(keys + d / 2 * row, rounded + d, 4);
         round_all(v);
         for (int64_t d = 0; d < t.head_dim; ++d) __builtin_memcpy(values + d * 4, rounded + d, 2);
     } else if (t.format == kCacheInt8) {
         float* scales = reinterpret_cast<float*>(values + t.layout.value_bytes) + token;
         values += token / 4 * padded * 4 + token % 4;
-        scales[0] = round_to_bytes(k, t.head_dim, [&](int64_t d, int8_t code) { keys[d / 4 * 64 + d % 4] = code; });
+        scales[0] = round_to_bytes(k, t.head_dim, [&](int64_t d, int8_t code) { keys[d / 4 * row + d % 4] = code; });
         scales[t.block_size] = round_to_bytes(v, t.head_dim, [&](int64_t d, int8_t code) { values[d * 4] = code; });
     } else {
-        for (int64_t d = 0; d < t.head_dim; ++d) *reinterpret_cast<float*>(keys + d * 64) = k[d];
+        for (int64_t d = 0; d < t.head_dim; ++d) *reinterpret_cast<float*>(keys + d * row) = k[d];
         __builtin_memcpy(values + token * padded * 4, v, t.head_dim * 4);
     }
 }
