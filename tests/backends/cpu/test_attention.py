@@ -248,10 +248,25 @@ def test_splits_of_a_long_context_change_no_bit(isa: str, format: int, shape: Sh
         assert np.array_equal(np.concatenate(parts), whole), threads
 
 
+def test_more_results_of_splits_than_the_shared_scratch_takes() -> None:
+    """Chunks of long contexts on many threads: some tiles are divided, others stay whole."""
+    shape = Shape(heads=6, kv_heads=2, head_dim=16)
+    length = 8000
+    sequence = Sequence.random(shape, length, 3)
+    results = []
+    for threads in (1, 64):
+        model = Model(ISAS[-1], shape, [sequence], threads)
+        model.write(0, 0, length - 512)
+        results.append(model.step([(0, length - 512, length)])[0])
+    assert np.array_equal(*results)
+    want, bound = reference(ISAS[-1], shape, sequence, length - 20, length)
+    assert_within(results[0][-20:], want, bound)
+
+
 @pytest.mark.parametrize("isa", ISAS[-1:])
 @pytest.mark.parametrize("format", FORMATS)
 def test_contexts_of_32k_tokens(isa: str, format: int) -> None:
-    shape = Shape(heads=4, kv_heads=2, head_dim=64, block_size=32, format=format)
+    shape = Shape(heads=2, kv_heads=1, head_dim=32, block_size=32, format=format)
     length = 1 << 15
     sequence = Sequence.random(shape, length, 7)
     sequence.q *= 4  # attends to few keys: else the values average out and nothing is left to see

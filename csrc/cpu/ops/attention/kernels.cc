@@ -127,6 +127,12 @@ void load_queries(const Problem& p, const AttentionTile& tile, const Scratch& s)
     const Call& call = *p.call;
     const float* q = reinterpret_cast<const float*>(call.operands[kQ].data);
     alignas(64) uint32_t packed[kMaxHeadDim];
+    // Query heads of a KV head lie side by side, but tokens far apart.
+    const int64_t width = tile.kv_heads * p.group * p.head_dim;
+    for (int64_t token = tile.row_begin / p.group; token <= (tile.row_end - 1) / p.group; ++token) {
+        const float* from = q + (p.query_start + token) * call.ints[kLdQ] + tile.kv_head * p.group * p.head_dim;
+        for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(from + d);
+    }
     for (int64_t h = 0; h < tile.kv_heads; ++h) {
         const int64_t head = (tile.kv_head + h) * p.group, head_rows = tile.row_end - tile.row_begin;
         for_row_tiles<kTileRows>(head_rows, [&]<int kRows>(int64_t m) {

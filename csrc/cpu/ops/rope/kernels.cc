@@ -91,8 +91,18 @@ void write_slot(const CacheTarget& t, int64_t slot, int64_t head, const float* k
         };
         round_all(k);
         for (int64_t d = 0; d < t.head_dim; d += 2) __builtin_memcpy(keys + d / 2 * row, rounded + d, 4);
+#if defined(__AVX512BW__)
+        // Only the token's halves of the lanes are written: the others may be another thread's.
+        const int shift = token % 2 * 16;
+        for (int64_t d = 0; d < t.head_dim; d += kW) {
+            VU lanes = widen(to_bf16(part(v, d, t.head_dim))) << shift;
+            _mm512_mask_storeu_epi16(values + d * 4 - token % 2 * 2, 0x55555555u << token % 2,
+                                     reinterpret_cast<__m512i>(lanes));
+        }
+#else
         round_all(v);
         for (int64_t d = 0; d < t.head_dim; ++d) __builtin_memcpy(values + d * 4, rounded + d, 2);
+#endif
     } else if (t.format == kCacheInt8) {
         float* scales = reinterpret_cast<float*>(values + t.layout.value_bytes) + token;
         values += token / 4 * padded * 4 + token % 4;
