@@ -180,7 +180,7 @@ NB_MODULE(_native, m) {
     m.def("measure_peaks", &peaks, "isa"_a, "threads"_a, "seconds"_a = 0.2, "names"_a = std::vector<std::string>(),
           "Bytes/s of reads from DRAM and each cache, operations/s per precision; the best of several tries.");
     m.def("cache_bytes", &cache_bytes, "kv_heads"_a, "head_dim"_a, "block_size"_a, "num_blocks"_a, "format"_a,
-          "Size of the KV cache of one layer; format 0 is f32, 1 is bf16.");
+          "Size of the KV cache of one layer; format 0 is f32, 1 is bf16, 2 is int8.");
     nb::class_<PyExecutor>(m, "Executor", "A flat list of kernel calls and the threads that walk it.")
         .def(nb::init<const std::string&, int, int64_t>(), "isa"_a, "threads"_a, "arena_bytes"_a)
         .def("add_constant", &PyExecutor::add_constant, "data"_a.noconvert(),

@@ -309,7 +309,7 @@ def _check(config: EngineConfig) -> None:
         remedy = f"choose one of {', '.join(QUANTIZATIONS)}, or leave it out"
         raise PeltonError(f"quantization is {config.quantization!r}", remedy)
     for name, allowed in (("device", ("cpu", "reference")), ("dtype", ("auto", "f32", "bf16")),
-                          ("kv_cache_dtype", ("auto", "f32", "bf16")),
+                          ("kv_cache_dtype", ("auto", "f32", "bf16", "int8")),
                           ("activations", ("auto", "float", "int8"))):  # fmt: skip
         if getattr(config, name) not in allowed:
             raise PeltonError(f"{name} is {getattr(config, name)!r}", f"choose one of {', '.join(allowed)}")

@@ -69,8 +69,17 @@ def oracle_perplexity(tokens: tuple[int, ...]) -> float:
     return float(np.exp(negative_log_likelihood(logits[:-1].numpy(), list(tokens[1:])) / (len(tokens) - 1)))
 
 
-def pelton_perplexity(isa: str, chunk: int, tokens: tuple[int, ...]) -> float:
-    built = build(EngineConfig(isa=isa, max_num_seqs=chunk, max_num_batched_tokens=chunk, kv_cache_memory=1 << 28))
+@functools.cache
+def pelton_perplexity(isa: str, chunk: int, tokens: tuple[int, ...], kv_cache_dtype: Any = "auto") -> float:
+    built = build(
+        EngineConfig(
+            isa=isa,
+            max_num_seqs=chunk,
+            max_num_batched_tokens=chunk,
+            kv_cache_memory=1 << 28,
+            kv_cache_dtype=kv_cache_dtype,
+        )
+    )
     blocks = tuple(range(-(-len(tokens) // BLOCK)))
     total = 0.0
     for start in range(0, len(tokens) - 1, chunk):
@@ -90,6 +99,13 @@ def test_perplexity_is_that_of_transformers_on_the_same_weights(isa: str) -> Non
     got, want = pelton_perplexity(isa, CHUNK, tokens), oracle_perplexity(tokens)
     print(f"perplexity of {len(tokens)} tokens, {isa}: {got:.4f}, transformers f32: {want:.4f}")
     assert got == pytest.approx(want, rel=0.005)
+
+
+def test_perplexity_with_an_int8_cache_is_that_with_bf16() -> None:
+    isa, tokens = backends()[-1], text_tokens()
+    bf16, int8 = pelton_perplexity(isa, CHUNK, tokens), pelton_perplexity(isa, CHUNK, tokens, "int8")
+    print(f"perplexity of {len(tokens)} tokens, KV cache in bf16: {bf16:.4f}, in int8: {int8:.4f}")
+    assert int8 == pytest.approx(bf16, rel=0.005)
 
 
 def test_golden_answer() -> None:

@@ -23,6 +23,9 @@ struct Input {
 struct AttentionPlan {
     std::vector<int64_t> key;
     std::vector<AttentionTile> tiles;
+    std::vector<AttentionMerge> merges;
+    AttentionWork work = {nullptr, nullptr};
+    int64_t slots = 0;  // of shared scratch
 };
 
 struct Step {

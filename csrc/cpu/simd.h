@@ -236,5 +236,18 @@ PELTON_INLINE VF dot_pairs(VF acc, VU a, VU b) {
 }
 #endif
 
+#if defined(__AVX512VNNI__)
+// The lowest byte of each lane.
+PELTON_INLINE void store_bytes(void* p, VU v) {
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
+}
+
+// acc + the products of the four unsigned bytes of `a` with the signed ones of `b`, per lane.
+PELTON_INLINE VI dot_bytes(VI acc, VU a, VU b) {
+    return reinterpret_cast<VI>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(a),
+                                                    reinterpret_cast<__m512i>(b)));
+}
+#endif
+
 }  // namespace
 }  // namespace pelton::cpu::PELTON_ISA

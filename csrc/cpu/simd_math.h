@@ -37,14 +37,29 @@ PELTON_INLINE VF exp(VF x) {
     return x < lowest ? VF{} : result;
 }
 
-// exp for x <= 0 as softmax needs it, -inf included; fewer steps where the exponent has an instruction.
-PELTON_INLINE VF exp_nonpositive(VF x) {
+// 2^x for x <= 0 as softmax needs it, 0 for -inf and wherever f32 ends; a NaN stays one.
+PELTON_INLINE VF exp2_nonpositive(VF x) {
 #if defined(__AVX512F__)
-    VF clamped = max(splat(-105.0f), x);  // its exponential rounds to zero
-    const ExpParts e = exp_parts(clamped);
-    return reinterpret_cast<VF>(_mm512_scalef_ps(reinterpret_cast<__m512>(e.p), reinterpret_cast<__m512>(e.n)));
+    // What is left of x after rounding it to an integer; 0 for -inf.
+    VF r = reinterpret_cast<VF>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), 0));
+    VF n = x - r;
 #else
-    return exp(x);
+    VF clamped = max(splat(-126.0f), x);
+    const VF shifter = splat(12582912.0f);  // as in exp_parts
+    VF n = (clamped + shifter) - shifter;
+    VF r = clamped - n;
+#endif
+    VF p = fma(splat(1.326472731e-03f), r, splat(9.671512991e-03f));
+    p = fma(p, r, splat(5.550733581e-02f));
+    p = fma(p, r, splat(2.402224243e-01f));
+    p = fma(p, r, splat(6.931470037e-01f));
+    p = fma(p, r, splat(1.0f));
+#if defined(__AVX512F__)
+    return reinterpret_cast<VF>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+#else
+    VI exponent = (__builtin_convertvector(n, VI) + 127) << 23;
+    VF result = p * reinterpret_cast<VF>(exponent);
+    return x < -126.0f ? VF{} : result;
 #endif
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/executor.h"
+#include "cpu/ops/attention/contract.h"
 #include "cpu/registry.h"
 
 using namespace pelton::cpu;
@@ -68,11 +69,58 @@ static void stress_executor(int threads, int steps) {
     for (int i = 0; i < kRows * kCols; ++i) check(x[i] == static_cast<float>(i % 97), "the identity is kept");
 }
 
+// Splits of one long sequence on all threads, merged by others: the result of one thread, bit for bit.
+static std::vector<float> attend(int threads, int steps, int64_t format) {
+    constexpr int64_t kTokens = 1100, kHeads = 4, kKvHeads = 2, kDim = 16, kBlock = 16, kBlocks = 69, kLayers = 3;
+    constexpr int64_t kCols = kHeads * kDim, kKvCols = kKvHeads * kDim, kV = kTokens * kKvCols, kQ = 2 * kV;
+    constexpr int64_t kOut = kQ + kTokens * kCols;
+    Executor executor("generic", threads, (kOut + kLayers * kTokens * kCols) * 4);
+    for (int64_t i = 0; i < kLayers; ++i) {
+        executor.add_cache(cache_size(kKvHeads, kDim, kBlock, kBlocks, format));
+        executor.add_call("kv_write", {{"cache", i, 0}, {"arena", 0, 0}, {"arena", 0, kV * 4}, {"input", 0, 0}},
+                          {kKvHeads, kDim, kKvCols, kKvCols, kBlock, kBlocks, format}, {});
+        executor.add_call("attention",
+                          {{"arena", 0, (kOut + i * kTokens * kCols) * 4},
+                           {"arena", 0, kQ * 4},
+                           {"cache", i, 0},
+                           {"input", 1, 0},
+                           {"input", 2, 0},
+                           {"input", 3, 0},
+                           {"none", 0, 0}},
+                          {kHeads, kKvHeads, kDim, kCols, kCols, kBlock, kBlocks, format, 0}, {0.25, 0.0});
+    }
+    float* x = reinterpret_cast<float*>(executor.arena()->data());
+    for (int64_t i = 0; i < kOut; ++i) x[i] = static_cast<float>(i * 7919 % 2003) / 1000.0f - 1.0f;
+    std::vector<int32_t> slots(kTokens), table(kBlocks), one(1, kTokens), start = {0, 1};
+    for (size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<int32_t>(i);
+    for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(i);
+    const std::vector<StepInput> inputs = {
+        {slots.data(), kTokens}, {table.data(), kBlocks}, {one.data(), 1}, {start.data(), 2}};
+    const int64_t fill[3] = {kTokens, 0, 0}, decode[3] = {1, 1, 0};
+    executor.run(fill, inputs);
+    slots[0] = kTokens - 1;
+    for (int step = 0; step < steps; ++step) executor.run(decode, inputs);
+    std::vector<float> out;
+    for (int64_t i = 0; i < kLayers; ++i) {
+        const float* row = x + kOut + i * kTokens * kCols;
+        out.insert(out.end(), row, row + kCols);
+    }
+    return out;
+}
+
+static void stress_attention(int threads, int steps) {
+    for (int64_t format = kCacheF32; format <= kCacheInt8; ++format) {
+        const std::vector<float> want = attend(1, steps, format), got = attend(threads, steps, format);
+        check(std::memcmp(want.data(), got.data(), want.size() * 4) == 0, "threads change no bit of attention");
+    }
+}
+
 int main() {
     for (int threads : {1, 2, 4}) {
         stress_barrier(threads, 200);
         stress_wake(threads, 200);
         stress_executor(threads, 50);
+        stress_attention(threads, 20);
     }
     std::puts("ok");
     return 0;

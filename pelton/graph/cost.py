@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from .types import CacheType, GroupQuant, TensorType, TupleType, ValueType
+from .types import GroupQuant, TensorType, TupleType, ValueType
 
 #: Coefficient per symbol: "1", the dims "T", "S", "N", and for attention with window w (0: none)
 #: "pairs/w" (query-key pairs that are scored) and "read/w" (cached tokens that are read).
@@ -56,7 +56,7 @@ def elements(type: TensorType, factor: float = 1.0) -> Cost:
     return {"S" if named[0] == "S+1" else named[0]: factor}
 
 
-def element_bytes(type: TensorType | CacheType) -> float:
+def element_bytes(type: TensorType) -> float:
     dtype = type.dtype
     return (dtype.bits_per_weight if isinstance(dtype, GroupQuant) else dtype.bits) / 8
 

@@ -255,8 +255,8 @@ GATE_BLOCK = 32
 
 def _gated_linear_type(attrs: Attrs, x: TensorType, w: TensorType, *bias: TensorType) -> TensorType:
     out = _linear_type(attrs, x, w, *bias)
-    half = TensorType((*out.shape[:-1], int(out.shape[-1]) // 2), F32)
     _need(int(w.shape[0]) % (2 * GATE_BLOCK) == 0, f"rows of {w} are no blocks of gates and ups")
+    half = TensorType((*out.shape[:-1], int(out.shape[-1]) // 2), F32)
     return _gated_type(attrs, half, half)
 
 
@@ -320,17 +320,39 @@ def _kv_write_type(attrs: Attrs, cache: CacheType, k: TensorType, v: TensorType,
     return cache
 
 
+def int8_token(head_dim: int) -> np.dtype[Any]:
+    """Element type of an int8 cache: a key or value of one head."""
+    return np.dtype([("codes", np.int8, (head_dim,)), ("scale", np.float32)])
+
+
+def _int8_tokens(x: F, dtype: np.dtype[Any]) -> Any:
+    """The largest magnitude is 127 scales; ties to even. What is not finite has codes 0 and an infinite scale."""
+    finite = np.isfinite(x).all(axis=-1, keepdims=True)
+    x = np.where(finite, x, np.float32(0))
+    scale = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
+    tokens = np.empty(x.shape[:-1], dtype)
+    tokens["codes"] = np.clip(np.rint(x / np.where(scale > 0, scale, np.float32(1))), -127, 127)
+    tokens["scale"] = np.where(finite, scale, np.float32(np.inf))[..., 0]
+    return tokens
+
+
 def _kv_write(attrs: Attrs, cache: Any, k: F, v: F, slots: npt.NDArray[Any]) -> Any:
-    """cache: [2, blocks, block_size, kv_heads, head_dim], updated in place; slots: flat block positions."""
+    """cache: [2, blocks, block_size, kv_heads, head_dim], or of :func:`int8_token` without the last
+    dimension, updated in place; slots: flat block positions."""
     flat = cache.reshape(2, -1, *cache.shape[3:])
-    flat[0, slots] = k.reshape(-1, *cache.shape[3:])
-    flat[1, slots] = v.reshape(-1, *cache.shape[3:])
+    for part, x in enumerate((k, v)):
+        heads = x.reshape(len(x), cache.shape[3], -1)
+        flat[part, slots] = _int8_tokens(heads, cache.dtype) if cache.dtype.names else heads
     return cache
 
 
+def _cached(cache: Any) -> F:
+    """What a cache, or a part of it, stands for."""
+    return cache["codes"] * cache["scale"][..., None] if cache.dtype.names else f32(cache)
+
+
 def _kv_write_bytes(attrs: Attrs, out: CacheType, cache: CacheType, *types: TensorType) -> Cost:
-    written = 2 * cache.num_kv_heads * cache.head_dim * element_bytes(cache)
-    return total([tensor_bytes(*types), {"T": written}])
+    return total([tensor_bytes(*types), {"T": cache.token_bytes}])
 
 
 def _rope_kv_write(attrs: Attrs, cache: Any, q: F, k: F, v: F, positions: Any, slots: Any) -> tuple[F, Any]:
@@ -359,11 +381,11 @@ def alibi_slopes(num_heads: int) -> F:
 
 
 def _attention(attrs: Attrs, q: F, cache: Any, block_table: npt.NDArray[Any], seq_lens: Any, query_start_loc: Any) -> F:
-    heads, kv_heads, head_dim = attrs["num_heads"], cache.shape[3], cache.shape[4]
+    heads, kv_heads, head_dim = attrs["num_heads"], cache.shape[3], q.shape[1] // attrs["num_heads"]
     out = np.zeros(q.shape, np.float32)
     for s, length in enumerate(seq_lens):
         first, last = query_start_loc[s], query_start_loc[s + 1]
-        keys, values = f32(cache[:, block_table[s]].reshape(2, -1, kv_heads, head_dim)[:, :length])
+        keys, values = _cached(cache[:, block_table[s]]).reshape(2, -1, kv_heads, head_dim)[:, :length]
         queries = q[first:last].reshape(-1, kv_heads, heads // kv_heads, head_dim)
         scores = np.einsum("qkgd,nkd->kgqn", queries, keys) * np.float32(attrs["scale"])
         if attrs["softcap"]:
@@ -384,8 +406,7 @@ def _attention_flops(attrs: Attrs, out: TensorType, q: TensorType, *types: Value
 
 
 def _attention_bytes(attrs: Attrs, out: TensorType, q: TensorType, cache: CacheType, *tables: ValueType) -> Cost:
-    token = 2 * cache.num_kv_heads * cache.head_dim * element_bytes(cache)
-    return total([tensor_bytes(out, q), {f"read/{attrs['window']}": token}])
+    return total([tensor_bytes(out, q), {f"read/{attrs['window']}": cache.token_bytes}])
 
 
 _op("rope", (2, 2), _rope_type, _rope, 3.0)

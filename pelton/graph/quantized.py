@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -21,12 +20,11 @@ SCALE_ARRAYS: dict[DType, Any] = {
 }  # fmt: skip
 
 
-@lru_cache
-def code_values(bits: int) -> npt.NDArray[np.float32]:
-    """float32 [2**bits]: the value of every FP8 E4M3 (8 bits) or FP4 E2M1 (4 bits) code."""
-    kind: Any = ml_dtypes.float8_e4m3fn if bits == 8 else ml_dtypes.float4_e2m1fn
-    values: npt.NDArray[np.float32] = np.arange(1 << bits, dtype=np.uint8).view(kind).astype(np.float32)
-    return values
+#: float32 [2**bits] by bits: the value of every FP8 E4M3 (8 bits) or FP4 E2M1 (4 bits) code.
+CODE_VALUES: dict[int, npt.NDArray[np.float32]] = {
+    bits: np.arange(1 << bits, dtype=np.uint8).view(kind).astype(np.float32)
+    for bits, kind in ((8, ml_dtypes.float8_e4m3fn), (4, ml_dtypes.float4_e2m1fn))
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,8 +53,7 @@ class QuantizedArray:
         names = ("scales", "minima", "outer scales", "outer minima")
         for name, values, want in zip(names, self.parts()[1:], wants, strict=True):
             if (None if values is None else values.shape) != want:
-                have = "absent" if values is None else values.shape
-                raise ValueError(f"{name} of {type} are {have}, codes {self.codes.shape} need {want}")
+                raise ValueError(f"{name} of {type} do not have the shape that codes {self.codes.shape} need: {want}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -95,7 +92,7 @@ class QuantizedArray:
         scale = self.scales()[:, :, None]
         codes = self.codes.reshape(rows, scale.shape[1], -1)
         if self.type.floating:
-            return (code_values(self.type.bits)[codes] * scale).reshape(rows, cols)
+            return (CODE_VALUES[self.type.bits][codes] * scale).reshape(rows, cols)
         minima = self.minima() if self.type.minimum else None
         if minima is not None:
             return (codes.astype(np.float32) * scale + minima[:, :, None]).reshape(rows, cols)

@@ -27,11 +27,11 @@ class DType:
 F32 = DType("f32", 32)
 F16 = DType("f16", 16)
 BF16 = DType("bf16", 16)
+I8 = DType("i8", 8)  # in KV caches: -127 to 127, with a float32 scale per token and head
 I32 = DType("i32", 32)
-DTYPES = {d.name: d for d in (F32, F16, BF16, I32)}
-#: What the scales of a quantized type are stored in: floats, FP8 and power-of-two floats of the OCP MX
-#: specification, and the integers of the GGUF K-quants.
-E4M3, E8M0, U8, I8 = DType("e4m3", 8), DType("e8m0", 8), DType("u8", 8), DType("i8", 8)
+DTYPES = {d.name: d for d in (F32, F16, BF16, I8, I32)}
+#: What scales are stored in: floats, FP8 and powers of two as OCP MX has them, integers as GGUF's K-quants have.
+E4M3, E8M0, U8 = DType("e4m3", 8), DType("e8m0", 8), DType("u8", 8)
 SCALE_DTYPES = {d.name: d for d in (F32, F16, BF16, E4M3, E8M0, U8, I8)}
 #: As a ``group_size`` or ``outer``: all elements of a row.
 ROW = 0
@@ -46,10 +46,8 @@ class GroupQuant:
     are codes, too. ``floating`` codes are FP8 E4M3 (8 bits) or FP4 E2M1 (4 bits), the value ``scale * code``.
 
     ``scale`` is the type that scales and minima are stored in. With ``outer``, that many elements share one more
-    factor of scales and one of minima: f16, or f32 where the whole ROW shares it.
-
-    This one type holds GGUF's Q4_0 ... Q6_K, GPTQ, AWQ and int8 per channel, FP8 per channel or block, MXFP4
-    and NVFP4 without loss.
+    factor of scales and one of minima: f16, or f32 where the whole ROW shares it. GGUF, GPTQ, AWQ, MXFP4, NVFP4 and
+    int8 or FP8 per channel or block fit without loss.
     """
 
     bits: int
@@ -62,25 +60,18 @@ class GroupQuant:
 
     def __post_init__(self) -> None:
         narrow = self.scale.bits == 8 and self.scale != E8M0
-        if (
-            not 2 <= self.bits <= 8
-            or self.group_size < 0
-            or self.scale not in SCALE_DTYPES.values()
-            or self.minimum + self.zero_point + self.floating > 1
-            or (self.floating and self.bits not in (4, 8))
-            or (narrow != (self.outer is not None))
-            or (self.outer and (not self.group_size or self.outer % self.group_size))
-        ):
+        known = self.bits in ((4, 8) if self.floating else range(2, 9)) and self.scale in SCALE_DTYPES.values()
+        once = self.minimum + self.zero_point + self.floating <= 1 and narrow == (self.outer is not None)
+        whole = not self.outer or (self.group_size and self.outer % self.group_size == 0)
+        if not (known and once and whole and self.group_size >= 0):
             raise ValueError(f"no such quantized type: {self}")
 
     @property
     def bits_per_weight(self) -> float:
         """Information content per element, scales included, before any packing (of a row of 2,048 for ROW)."""
-        pairs = 2 if self.minimum else 1
-        bits = self.bits + (self.scale.bits * pairs + (self.bits if self.zero_point else 0)) / (self.group_size or 2048)
-        if self.outer is not None:
-            bits += self.outer_dtype.bits * pairs / (self.outer or 2048)
-        return bits
+        pairs, zero = 2 if self.minimum else 1, self.bits if self.zero_point else 0
+        outer = 0.0 if self.outer is None else self.outer_dtype.bits * pairs / (self.outer or 2048)
+        return self.bits + (self.scale.bits * pairs + zero) / (self.group_size or 2048) + outer
 
     @property
     def outer_dtype(self) -> DType:
@@ -92,11 +83,7 @@ class GroupQuant:
         return 0 if self.minimum or self.zero_point or self.floating else 1 << (self.bits - 1)
 
     def groups(self, cols: int) -> int:
-        """Scales per row of ``cols`` elements.
-
-        Raises:
-            ValueError: the row is not made of whole groups.
-        """
+        """Scales per row of ``cols`` elements; ValueError if those are no whole groups."""
         size = self.group_size or cols
         if cols % size or (self.outer and cols % self.outer):
             raise ValueError(f"rows of {cols} are no whole groups of {self}")
@@ -130,6 +117,12 @@ class CacheType:
     num_kv_heads: int
     head_dim: int
     dtype: DType
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of the keys and values of one token, scales included."""
+        scale = 4 if self.dtype == I8 else 0
+        return 2 * self.num_kv_heads * (self.head_dim * self.dtype.bits / 8 + scale)
 
     def __str__(self) -> str:
         return f"cache<{self.dtype}>[{self.num_kv_heads}, {self.head_dim}]"

@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable, Mapping
 
 from ..errors import CheckpointError
-from ..graph import BF16, F16, F32, CacheType, DType, Graph, GroupQuant, Node, TensorType, make, replace, rewrite
+from ..graph import BF16, F16, F32, I8, CacheType, DType, Graph, GroupQuant, Node, TensorType, make, replace, rewrite
 from ..quantize import fitting, weight_type
 
 #: What old checkpoints keep beside their weights: masks, rope frequencies, a second copy of tied weights.
 _BUFFERS = re.compile(r"(^lm_head\.weight|rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$")
-_CACHES = {"f32": F32, "bf16": BF16}
+_TYPES = {"f32": F32, "bf16": BF16}
+_CACHES = {**_TYPES, "int8": I8}
 
 
 def bind_types(
@@ -97,5 +98,5 @@ def _bound_type(name: str, stored: DType | GroupQuant, dtype: str) -> DType | Gr
             "use a checkpoint in f32, f16 or bf16, or a GGUF file",
         )
     if dtype != "auto":
-        return _CACHES[dtype]
+        return _TYPES[dtype]
     return BF16 if stored == F16 else stored

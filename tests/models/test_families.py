@@ -89,3 +89,38 @@ def test_bf16_weights_stay_close_to_f32_arithmetic_on_the_same_weights(family: s
     # products' operands, k, v and the probabilities.
     assert error <= 2**-8 * (5 * 4) ** 0.5 * 2
     built.close()
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b != "reference"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "bloom"])
+def test_int8_cache_is_that_of_the_oracle_and_close_to_a_cache_of_floats(family: str, backend: str) -> None:
+    folder, _ = tiny_checkpoint(family)
+    text = [int(t) for t in np.random.default_rng(3).integers(3, 101, 60)]
+    logits = {}
+    for name, device, cache in (("cpu", backend, "int8"), ("oracle", "reference", "int8"), ("f32", "reference", "f32")):
+        built = load(folder, device, kv_cache_dtype=cache)
+        sequences = Sequences(built.executor)
+        logits[name] = np.stack([sequences.step(a=text[:40])[0], sequences.step(b=text[:5], a=text[40:])[1]])
+        built.close()
+    scale = np.abs(logits["f32"]).max()
+    # A number on the border of two codes may become either, 1 / 127 of its head's largest apart: one of some hundred,
+    # as two ways to compute it differ by 1e-6 of it. Their effect on a logit is a small part of all codes' rounding.
+    assert np.abs(logits["cpu"] - logits["oracle"]).max() <= scale / 127 / 4
+    # Half a code per number, averaged over the dims of a head: per layer keys and values, as for bf16 above.
+    assert np.abs(logits["cpu"] - logits["f32"]).max() <= scale / 127 * (2 * 4) ** 0.5
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b != "reference"])
+def test_int8_cache_does_not_depend_on_company_chunking_or_threads(backend: str) -> None:
+    folder, _ = tiny_checkpoint("llama")
+    text = [int(t) for t in np.random.default_rng(5).integers(3, 101, 100)]
+    alone = load(folder, backend, threads=1, kv_cache_dtype="int8")
+    want = Sequences(alone.executor).step(a=text)[0]
+    alone.close()
+    built = load(folder, backend, threads=2, kv_cache_dtype="int8")
+    chunked = Sequences(built.executor)
+    chunked.step(a=text[:1])
+    chunked.step(b=text[:7], a=text[1:34])
+    chunked.step(a=text[34:99])
+    assert np.array_equal(chunked.step(x=text[:30], a=text[99:100])[1], want)
+    built.close()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pelton.errors import CheckpointError
-from pelton.graph.quantized import SCALE_ARRAYS, QuantizedArray, code_values
+from pelton.graph.quantized import CODE_VALUES, SCALE_ARRAYS, QuantizedArray
 from pelton.graph.types import BF16, E4M3, F16, F32, ROW, U8, GroupQuant
 from pelton.quantize import quantize
 from pelton.quantize.recipes import QUANTIZATIONS, fitting, weight_type
@@ -34,7 +34,7 @@ def plain(weight: np.ndarray, type: GroupQuant) -> np.ndarray:
     groups = weight.reshape(len(weight), -1, type.group_size or weight.shape[1]).astype(np.float64)
     kept = lambda v: v.astype(np.float32).astype(SCALE_ARRAYS[type.scale]).astype(np.float64)  # noqa: E731
     if type.floating:
-        numbers = np.unique(code_values(type.bits)[np.isfinite(code_values(type.bits))]).astype(np.float64)
+        numbers = np.unique(CODE_VALUES[type.bits][np.isfinite(CODE_VALUES[type.bits])]).astype(np.float64)
         peak = np.abs(groups).max(2, keepdims=True) / numbers[-1]
         if type.outer is not None:
             outer = np.maximum(peak.max(1, keepdims=True) / 448, 1e-300)

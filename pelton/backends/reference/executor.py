@@ -9,8 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ...graph import BF16, OPS, CacheType, Graph, Node
-from ...graph.ops import f32
+from ...graph import BF16, I8, OPS, CacheType, Graph, Node
+from ...graph.ops import f32, int8_token
 from ...graph.quantized import HostTensor
 from ...program.weights import evaluate
 from ..base import KVSpec, Sampler
@@ -33,8 +33,7 @@ class ReferenceExecutor(HostExecutor):
             if node.is_constant and any(not u.is_constant for u in graph.users[node]):
                 self._constants[node] = f32(evaluate(node, read))
             elif isinstance(node.type, CacheType) and node.op == "input":
-                shape = (2, kv_spec.num_blocks, kv_spec.block_size, node.type.num_kv_heads, node.type.head_dim)
-                self._caches[node] = np.zeros(shape, ml_dtypes.bfloat16 if node.type.dtype == BF16 else np.float32)
+                self._caches[node] = _zeros(node.type, kv_spec)
 
     def _run(self, inputs: StepInputs) -> tuple[Any, float]:
         start = time.perf_counter()
@@ -52,3 +51,11 @@ class ReferenceExecutor(HostExecutor):
     def close(self) -> None:
         self._constants.clear()
         self._caches.clear()
+
+
+def _zeros(cache: CacheType, kv: KVSpec) -> Any:
+    """An empty cache as ``kv_write`` wants it."""
+    tokens = (2, kv.num_blocks, kv.block_size, cache.num_kv_heads)
+    if cache.dtype == I8:
+        return np.zeros(tokens, int8_token(cache.head_dim))
+    return np.zeros((*tokens, cache.head_dim), ml_dtypes.bfloat16 if cache.dtype == BF16 else np.float32)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from pelton.graph.ops import _cached, _int8_tokens, int8_token
 from tests.helpers.tolerance import BF16_EPS, assert_within
 
 from .native import BF16_DOT, ISAS, NONE, Runner, native
 from .test_rowwise import rope_table, rotate
 
-F32_CACHE, BF16_CACHE = 0, 1
+F32_CACHE, BF16_CACHE, INT8_CACHE = 0, 1, 2
+FORMATS = [F32_CACHE, BF16_CACHE, INT8_CACHE]
+SPLIT = 512  # keys that are attended to on their own, csrc/cpu/ops/attention/contract.h
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,17 @@ class Model:
         run.call("attention", [operands["out"], operands["q"], cache, table, lens, starts, slopes], ints,
                  [self.scale, shape.softcap])  # fmt: skip
 
+    def write(self, index: int, begin: int, end: int) -> None:
+        """Fills the cache without attending to it."""
+        size, sequence = self.shape.block_size, self.sequences[index]
+        for first in range(begin, end, 4096):
+            rows = range(first, min(first + 4096, end))
+            for name in ("k", "v"):
+                self.run.view(name)[: len(rows)] = getattr(sequence, name)[rows.start : rows.stop]
+            slots = [int(self.blocks[index, p // size]) * size + p % size for p in rows]
+            self.run.inputs = [np.asarray(slots, np.int32), *(np.zeros(1, np.int32) for _ in range(3))]
+            self.run.run(len(rows), 0)
+
     def step(self, pieces: list[tuple[int, int, int]]) -> list[Any]:
         rows = {"q": [], "k": [], "v": []}  # type: dict[str, list[Any]]
         slots: list[int] = []
@@ -96,16 +111,21 @@ class Model:
         return np.split(out, starts[1:-1])
 
 
+def stored(shape: Shape, x: Any) -> Any:
+    """What the cache holds of [tokens, kv_heads * head_dim], as float64 [tokens, kv_heads, head_dim]."""
+    x = x.reshape(len(x), shape.kv_heads, -1)
+    if shape.format == INT8_CACHE:
+        return _cached(_int8_tokens(x, int8_token(shape.head_dim))).astype(np.float64)
+    return (x.astype(ml_dtypes.bfloat16) if shape.format == BF16_CACHE else x).astype(np.float64)
+
+
 def reference(isa: str, shape: Shape, seq: Sequence, begin: int, end: int) -> tuple[Any, Any]:
     """Exact attention in double precision over what the cache holds, and a bound of the error."""
-
-    def stored(x: Any) -> Any:
-        return x.astype(ml_dtypes.bfloat16).astype(np.float64) if shape.format else x.astype(np.float64)
-
     dots = isa in BF16_DOT and shape.format == BF16_CACHE
+    integers = isa in BF16_DOT and shape.format == INT8_CACHE
     group = shape.heads // shape.kv_heads
-    k = stored(seq.k[:end]).reshape(end, shape.kv_heads, -1).repeat(group, axis=1)
-    v = stored(seq.v[:end]).reshape(end, shape.kv_heads, -1).repeat(group, axis=1)
+    k = stored(shape, seq.k[:end]).repeat(group, axis=1)
+    v = stored(shape, seq.v[:end]).repeat(group, axis=1)
     q = seq.q[begin:end].astype(ml_dtypes.bfloat16) if dots else seq.q[begin:end]
     q = q.astype(np.float64).reshape(end - begin, shape.heads, -1)
     raw = np.einsum("thd,jhd->htj", q, k) * shape.head_dim**-0.5
@@ -122,7 +142,17 @@ def reference(isa: str, shape: Shape, seq: Sequence, begin: int, end: int) -> tu
     # An error e of a score is a relative error e of a probability; bf16 rounds each probability once.
     size = np.einsum("thd,jhd->htj", np.abs(q), np.abs(k)).max() * shape.head_dim**-0.5
     relative = 2e-6 * (1 + size) + (BF16_EPS if dots else 0)
-    return out, relative * 2 * weight + 1e-6
+    bound = relative * 2 * weight + 1e-6
+    if integers:
+        # A query is rounded to 1 / 32512 of its largest number, the products of probability and scale of 64
+        # keys to 1 / 130000 of what they are at most: of the largest probability a query has, at most.
+        score = np.abs(q).max(-1).T[:, :, None] / 32512 * np.abs(k).sum(-1).T[:, None] * shape.head_dim**-0.5
+        bound += 2 * score.max() * weight
+        largest = p.max(-1) * np.abs(v).max((0, 2))[:, None]
+        bound += (largest / 130000 * np.minimum(np.arange(begin, end) + 1, shape.window or end)).T.repeat(
+            shape.head_dim, -1
+        )
+    return out, bound
 
 
 SHAPES = [
@@ -141,6 +171,12 @@ SHAPES = [
     Shape(softcap=20.0, format=F32_CACHE),
     Shape(alibi=True),
     Shape(alibi=True, heads=60, kv_heads=1, head_dim=16),
+    Shape(format=INT8_CACHE),
+    Shape(heads=9, kv_heads=3, head_dim=80, block_size=48, format=INT8_CACHE),
+    Shape(heads=2, kv_heads=1, head_dim=14, format=INT8_CACHE, softcap=5.0),
+    Shape(heads=8, kv_heads=1, head_dim=128, window=70, format=INT8_CACHE),
+    Shape(heads=4, kv_heads=2, head_dim=512, format=INT8_CACHE),
+    Shape(alibi=True, heads=14, kv_heads=2, head_dim=20, format=INT8_CACHE),
 ]
 
 
@@ -162,7 +198,7 @@ def test_prefill_chunks_and_decode_mixed(isa: str, shape: Shape) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("format", [F32_CACHE, BF16_CACHE])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("window", [0, 40])
 def test_a_row_has_the_same_bits_however_it_is_batched(isa: str, format: int, window: int) -> None:
     shape = Shape(heads=6, kv_heads=2, head_dim=48, format=format, window=window)
@@ -179,7 +215,73 @@ def test_a_row_has_the_same_bits_however_it_is_batched(isa: str, format: int, wi
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("format", [F32_CACHE, BF16_CACHE])
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("shape", [Shape(6, 3, 16), Shape(4, 2, 32, window=700, softcap=20.0)], ids=str)
+def test_splits_of_a_long_context_change_no_bit(isa: str, format: int, shape: Shape) -> None:
+    """1 to 64 threads, chunks that end beside the borders of splits, company or none."""
+    shape = replace(shape, format=format, block_size=32)
+    length = 2 * SPLIT + 130
+    sequences = [Sequence.random(shape, length, 1), Sequence.random(shape, 90, 2)]
+    whole = Model(isa, shape, sequences, threads=1).step([(0, 0, length)])[0]
+    for position in (SPLIT - 1, SPLIT, 2 * SPLIT + 64, length - 1):
+        want, bound = reference(isa, shape, sequences[0], position, position + 1)
+        assert_within(whole[position : position + 1], want, bound)
+    cuts = [
+        0,
+        300,
+        SPLIT - 1,
+        SPLIT,
+        SPLIT + 1,
+        SPLIT + 2,
+        2 * SPLIT - 3,
+        2 * SPLIT + 1,
+        length - 2,
+        length - 1,
+        length,
+    ]
+    for threads, company in [(1, False), (2, True), (7, False), (64, True)]:
+        model = Model(isa, shape, sequences, threads)
+        parts = []
+        for n, (a, b) in enumerate(pairwise(cuts)):
+            others = [(1, 9 * n, 9 * n + 9)] if company and n else []
+            parts.append(model.step([(0, a, b), *others])[0])
+        assert np.array_equal(np.concatenate(parts), whole), threads
+
+
+def test_more_results_of_splits_than_the_shared_scratch_takes() -> None:
+    """Chunks of long contexts on many threads: some tiles are divided, others stay whole."""
+    shape = Shape(heads=6, kv_heads=2, head_dim=16)
+    length = 8000
+    sequence = Sequence.random(shape, length, 3)
+    results = []
+    for threads in (1, 64):
+        model = Model(ISAS[-1], shape, [sequence], threads)
+        model.write(0, 0, length - 512)
+        results.append(model.step([(0, length - 512, length)])[0])
+    assert np.array_equal(*results)
+    want, bound = reference(ISAS[-1], shape, sequence, length - 20, length)
+    assert_within(results[0][-20:], want, bound)
+
+
+@pytest.mark.parametrize("isa", ISAS[-1:])
+@pytest.mark.parametrize("format", FORMATS)
+def test_contexts_of_32k_tokens(isa: str, format: int) -> None:
+    shape = Shape(heads=2, kv_heads=1, head_dim=32, block_size=32, format=format)
+    length = 1 << 15
+    sequence = Sequence.random(shape, length, 7)
+    sequence.q *= 4  # attends to few keys: else the values average out and nothing is left to see
+    model = Model(isa, shape, [sequence], threads=3)
+    model.write(0, 0, length - 41)
+    got = np.concatenate([model.step([(0, length - 41, length - 1)])[0], model.step([(0, length - 1, length)])[0]])
+    want, bound = reference(isa, shape, sequence, length - 41, length)
+    assert_within(got, want, bound)
+    alone = Model(isa, shape, [sequence], threads=1)
+    alone.write(0, 0, length - 1)
+    assert np.array_equal(alone.step([(0, length - 1, length)])[0], got[-1:])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_garbage_of_an_earlier_owner_of_a_block_does_not_leak(isa: str, format: int) -> None:
     shape = Shape(format=format, head_dim=16)
     poison = Sequence(*(np.full((40, c), np.nan, np.float32) for c in (64, 32, 32)))
@@ -194,7 +296,7 @@ def test_garbage_of_an_earlier_owner_of_a_block_does_not_leak(isa: str, format: 
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("format", [F32_CACHE, BF16_CACHE])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rope_kv_write_is_rope_and_kv_write(isa: str, format: int, interleaved: bool) -> None:
     heads, kv_heads, dim, rot, tokens, blocks = 4, 2, 24, 16, 9, 3

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pelton.backends.cpu import packing
-from pelton.graph.quantized import QuantizedArray, code_values
+from pelton.graph.quantized import CODE_VALUES, QuantizedArray
 from pelton.graph.types import BF16, E4M3, E8M0, F16, F32, I8, ROW, U8, GroupQuant
 from tests.helpers.tolerance import BF16_EPS, assert_within, dot_tolerance
 
@@ -72,7 +72,7 @@ def exact_values(weight: QuantizedArray) -> tuple[Any, Any]:
     scale = factors(weight.scale, weight.outer_scale)
     low: Any = -dtype.offset * scale
     if dtype.floating:
-        values = code_values(dtype.bits)[weight.codes].reshape(codes.shape).astype(np.float64)
+        values = CODE_VALUES[dtype.bits][weight.codes].reshape(codes.shape).astype(np.float64)
         exact, parts = values * scale, np.abs(values * scale) + 6 * (dtype.bits == 4) * np.abs(scale)
         return exact.reshape(n, k), parts.reshape(n, k)
     if dtype.zero_point:

@@ -18,7 +18,7 @@ import pytest
 from pelton.backends.cpu import packing
 
 from .native import ISAS, NONE, Runner, native
-from .test_attention import BF16_CACHE, F32_CACHE, Model, Sequence, Shape
+from .test_attention import BF16_CACHE, FORMATS, Model, Sequence, Shape
 
 SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 limits_memory = pytest.mark.skipif(
@@ -334,7 +334,7 @@ def test_constants_start_at_a_multiple_of_4() -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("format", [F32_CACHE, BF16_CACHE])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("window", [0, 1, 5, 70])
 @pytest.mark.parametrize("heads", [2, 6, 14])
 @pytest.mark.parametrize("value", [np.inf, 3.4e38])

@@ -1,11 +1,13 @@
 // Flash-style attention: a tile of rows walks the key tiles at absolute positions and keeps a running
 // maximum, sum and output per row. Scores of 64 keys, then probabilities, then values, each as a small
-// matrix product in registers. With vdpbf16ps and a bf16 cache, queries and probabilities are rounded
-// to bf16; otherwise the arithmetic is f32.
+// matrix product in registers. With vdpbf16ps and a bf16 cache, queries and probabilities are rounded to
+// bf16; with vpdpbusd and an int8 cache, to 15 and 16 bits, which is finer, and products are exact.
+// Otherwise the arithmetic is f32.
 //
-// Batch invariance: key tiles start at multiples of kKeyTile, and every operation on a row is done in an
-// order that depends on nothing but the key positions. A tile that is masked for a row leaves it as it is.
-#include "cpu/ops/attention/contract.h"
+// Batch invariance: key tiles start at multiples of kKeyTile, splits at multiples of kSplit, and every
+// operation on a row is done in an order that depends on nothing but the key positions. A tile or split that
+// is masked for a row leaves it as it is.
+#include "cpu/ops/attention/tile.h"
 #include "cpu/row_tiles.h"
 #include "cpu/simd_math.h"
 
@@ -15,403 +17,461 @@ namespace {
 using namespace attention;
 
 constexpr float kMinusInfinity = -__builtin_inff();
+constexpr int kMaxHeadDim = 512;
+constexpr float kLog2e = 1.44269504f;
+// A query of an int8 cache is high * 128 + low times its unit, both signed bytes.
+constexpr float kQueryUnits = 127.0f * 128.0f;
+// The largest 16-bit probability, less a margin for the rounding of its unit.
+constexpr float kWeightUnits = 65000.0f;
 
-struct F32Cache {
-    static constexpr bool kPairs = false, kDot = false;
-    static constexpr int kTokenBytes = 4;  // step between neighbouring tokens of a key row
-};
-struct Bf16Cache {
-    static constexpr bool kPairs = true, kDot = kBf16Dot;
-    static constexpr int kTokenBytes = 4;  // a pair of dims
+// A running softmax of the rows of a tile.
+struct State {
+    float *output, *maxima, *sums;  // [kRowTile][padded], [kRowTile] twice
 };
 
 struct Scratch {
-    char* queries;        // [kRowTile][padded], f32, or bf16 when kDot
-    float* scores;        // [kRowTile][kKeyTile]
-    char* probabilities;  // the same as f32, or bf16 when kDot
-    float* output;        // [kRowTile][padded]
-    float *maxima, *sums, *corrections;
-    int32_t *lows, *highs;  // the keys [low, high) of the current tile that a row sees
+    char* queries;                         // of a register tile after the other, `q_stride` bytes a row
+    float* scores;                         // [register tile][kKeyTile]
+    char* probabilities;                   // [register tile][kWeightBytes]
+    float* lane_sums;                      // [kRowTile][kW]
+    State split, total;                    // of the current split, and of those before it
+    float *corrections, *units, *factors;  // units: of probabilities; factors: of scores
+    int32_t *lows, *highs;                 // the keys [low, high) of the current tile that a row sees
+    int32_t *biases, *positions;           // biases: of scores
 };
 
 struct Problem {
     const Call* call;
     CacheLayout layout;
-    int64_t head_dim, block_size, group, window;
-    float scale, cap;
-    const int32_t* block_table;       // row of this sequence
-    int64_t seq_len, first_position;  // of query token 0
-    const char* cache;                // of this KV head in block 0
+    int64_t head_dim, block_size, group, window, value_row, q_stride;
+    float scale, cap;                              // in powers of 2 where there is no cap
+    const float* slopes;                           // of the query heads, or null
+    const int32_t* block_table;                    // row of this sequence
+    int64_t query_start, seq_len, first_position;  // of query token 0
+    const char* cache;
 };
 
-// Where the 16-token groups of a key tile lie; groups beyond the last token repeat the last one.
-struct TileAddress {
-    const char* keys[kKeyTile / kTokenGroup];
-    const char* values[kKeyTile / kTokenGroup];
-};
+PELTON_INLINE int64_t position_of(const Problem& p, int64_t row) { return p.first_position + row / p.group; }
 
-TileAddress address_tile(const Problem& p, int64_t begin, int64_t end) {
+TileAddress address_tile(const Problem& p, int64_t kv_head, int64_t begin, int64_t end) {
     TileAddress at;
-    const int64_t value_row = p.layout.padded * (p.call->ints[kFormat] == kCacheBf16 ? 2 : 4);  // per token
+    at.fetch = true;
+    at.value_scales = at.key_row = p.block_size * 4;
     for (int i = 0; i < kKeyTile / kTokenGroup; ++i) {
         int64_t token = begin + i * kTokenGroup;
         if (token >= end) token = (end - 1) / kTokenGroup * kTokenGroup;
         const int64_t inside = token % p.block_size;
-        const char* block = p.cache + p.block_table[token / p.block_size] * p.layout.block_bytes;
+        const char* block =
+            p.cache + kv_head * p.layout.head_bytes + p.block_table[token / p.block_size] * p.layout.block_bytes;
         at.keys[i] = block + inside * 4;
-        at.values[i] = block + p.layout.key_bytes + inside * value_row;
+        at.values[i] = block + p.layout.key_bytes + inside * p.value_row;
+        at.scales[i] = block + p.layout.key_bytes + p.layout.value_bytes + inside * 4;
     }
     return at;
 }
 
-// ---- scores [rows][64] = queries x keys
+// ---- queries
 
-template <class Cache, int kRows>
-void score_tile(const char* q, int64_t q_stride, const TileAddress& at, int64_t head_dim, int64_t block_size,
-                int64_t num_keys, float* scores) {
-    for (int64_t key = 0; key < num_keys; key += kTileVecs * kW) {
-        VF acc[kRows][kTileVecs] = {};
-        const char* k[kTileVecs];
-        PELTON_UNROLL
-        for (int v = 0; v < kTileVecs; ++v) {
-            const int64_t token = key + v * kW;
-            k[v] = at.keys[token / kTokenGroup] + token % kTokenGroup * Cache::kTokenBytes;
+// Packs a query as Cache::kDot says; returns how many 32-bit elements that are.
+template <class Cache>
+int64_t load_query(const Problem& p, const float* from, const Scratch& s, int64_t i, char* to) {
+    const int64_t head_dim = p.head_dim;
+    s.factors[i] = p.scale;
+    if constexpr (!Cache::kDot) {
+        __builtin_memcpy(to, from, head_dim * 4);
+        for (int64_t d = head_dim; d % Cache::kStep; ++d) reinterpret_cast<float*>(to)[d] = 0.0f;
+    } else if constexpr (!Cache::kBytes) {
+        int64_t d = 0;
+        for (; d + kW <= head_dim; d += kW) store_u16(to + d * 2, to_bf16(load(from + d)));
+        if (d < head_dim) {
+            uint16_t last[kW];
+            store_u16(last, to_bf16(load_n(from + d, head_dim - d)));
+            __builtin_memcpy(to + d * 2, last, (head_dim - d) * 2);
         }
-        const int64_t key_row = block_size * 4;
-        const int step = Cache::kPairs ? 2 : 1;
-        const char* qp = q;
-        for (int64_t d = 0; d < head_dim; d += step) {
-            VU lanes[kTileVecs];
-            PELTON_UNROLL
-            for (int v = 0; v < kTileVecs; ++v) {
-                lanes[v] = load_u32(k[v]);
-                k[v] += key_row;
-            }
-            PELTON_UNROLL
-            for (int m = 0; m < kRows; ++m) {
-                const float* x = reinterpret_cast<const float*>(qp + m * q_stride);
-                if constexpr (Cache::kDot) {
-#if defined(__AVX512BF16__)
-                    VU pair = splat_u32(pair_at(x));
-                    PELTON_UNROLL
-                    for (int v = 0; v < kTileVecs; ++v) acc[m][v] = dot_pairs(acc[m][v], pair, lanes[v]);
+    } else {
+#if defined(__AVX512VNNI__)
+        const auto part = [&](int64_t d) {
+            return head_dim - d < kW ? load_n(from + d, head_dim - d) : load(from + d);
+        };
+        VF largest = {}, poison = {};
+        for (int64_t d = 0; d < head_dim; d += kW) {
+            largest = max(largest, abs(part(d)));
+            poison += part(d) * 0.0f;  // a maximum may lose a NaN
+        }
+        const float size = max_lane(largest) + sum(poison);
+        const float unit = size / kQueryUnits, inverse = size > 1e-30f ? kQueryUnits / size : 0.0f;
+        const int64_t bytes = p.layout.lane_rows * 4;
+        VI total = {};
+        for (int64_t d = 0; d < head_dim; d += kW) {
+            VI value = reinterpret_cast<VI>(_mm512_cvtps_epi32(reinterpret_cast<__m512>(part(d) * inverse)));
+            total += value;
+            VI high = (value + 64) >> 7, low = value - (high << 7);
+            char parts[2][kW];
+            store_bytes(parts[0], reinterpret_cast<VU>(high));
+            store_bytes(parts[1], reinterpret_cast<VU>(low));
+            const int64_t count = bytes - d < kW ? bytes - d : kW;
+            __builtin_memcpy(to + d, parts[0], count);
+            __builtin_memcpy(to + bytes + d, parts[1], count);
+        }
+        int32_t bias = 0;
+        for (int lane = 0; lane < kW; ++lane) bias += total[lane];
+        s.biases[i] = bias * 128;
+        s.factors[i] = p.scale * unit;
 #endif
-                } else if constexpr (Cache::kPairs) {
-                    VF x0 = splat(x[0]), x1 = splat(x[1]);
-                    PELTON_UNROLL
-                    for (int v = 0; v < kTileVecs; ++v) {
-                        acc[m][v] = fma(x0, pair_low(lanes[v]), acc[m][v]);
-                        acc[m][v] = fma(x1, pair_high(lanes[v]), acc[m][v]);
-                    }
-                } else {
-                    VF x0 = splat(x[0]);
-                    PELTON_UNROLL
-                    for (int v = 0; v < kTileVecs; ++v) acc[m][v] = fma(x0, as_float(lanes[v]), acc[m][v]);
-                }
+    }
+    return p.layout.lane_rows * (!Cache::kDot ? Cache::kStep : Cache::kBytes ? 2 : 1);
+}
+
+template <class Cache>
+void load_queries(const Problem& p, const AttentionTile& tile, const Scratch& s) {
+    const Call& call = *p.call;
+    const float* q = reinterpret_cast<const float*>(call.operands[kQ].data);
+    alignas(64) uint32_t packed[kMaxHeadDim];
+    // Query heads of a KV head lie side by side, but tokens far apart.
+    const int64_t width = tile.kv_heads * p.group * p.head_dim;
+    for (int64_t token = tile.row_begin / p.group; token <= (tile.row_end - 1) / p.group; ++token) {
+        const float* from = q + (p.query_start + token) * call.ints[kLdQ] + tile.kv_head * p.group * p.head_dim;
+        for (int64_t d = 0; d < width; d += 16) __builtin_prefetch(from + d);
+    }
+    for (int64_t h = 0; h < tile.kv_heads; ++h) {
+        const int64_t head = (tile.kv_head + h) * p.group, head_rows = tile.row_end - tile.row_begin;
+        for_row_tiles<kTileRows>(head_rows, [&]<int kRows>(int64_t m) {
+            uint32_t* to = reinterpret_cast<uint32_t*>(s.queries + (h * head_rows + m) * p.q_stride);
+            for (int64_t i = 0; i < kRows; ++i) {
+                const int64_t row = tile.row_begin + m + i, token = row / p.group, state = h * head_rows + m + i;
+                s.positions[state] = static_cast<int32_t>(p.first_position + token);
+                const float* from =
+                    q + (p.query_start + token) * call.ints[kLdQ] + (head + row - token * p.group) * p.head_dim;
+                const int64_t elements = load_query<Cache>(p, from, s, state, reinterpret_cast<char*>(packed));
+                for (int64_t e = 0; e < elements; ++e) to[e * kRows + i] = packed[e];
             }
-            qp += Cache::kDot ? 4 : 4 * step;
-        }
-        PELTON_UNROLL
-        for (int m = 0; m < kRows; ++m) {
-            PELTON_UNROLL
-            for (int v = 0; v < kTileVecs; ++v) store(scores + m * kKeyTile + key + v * kW, acc[m][v]);
-        }
+        });
     }
 }
 
-// ---- output [rows][padded] = output * correction + probabilities x values
+// ---- softmax of a register tile
 
-// What the rows of a register tile see of a key tile: all of them [begin, end), some of them [first, last),
-// row m [lows[m], highs[m]). The inner ends are even, as bf16 keys come in pairs.
-struct Seen {
-    const int32_t *lows, *highs;
-    int32_t first, begin, end, last;
-};
+// The keys [low, high) of a tile that a query sees.
+PELTON_INLINE void see(const Problem& p, int64_t position, int64_t begin, int64_t num_keys, int32_t* low_at,
+                       int32_t* high_at) {
+    int64_t low = 0, high = position + 1 - begin;
+    if (p.window && position - p.window + 1 > begin) low = position - p.window + 1 - begin;
+    high = high > num_keys ? num_keys : high < 0 ? 0 : high;
+    *low_at = static_cast<int32_t>(low < high ? low : high);
+    *high_at = static_cast<int32_t>(high);
+}
 
-// acc += probabilities x values of a key or pair of keys. `mask` is what of each lane counts: the other key
-// of a pair may be infinite or, if not written yet, anything, and not even its product with 0 may get in.
-template <class Cache, int kVecs>
-PELTON_INLINE void take_keys(VF (&acc)[kVecs], const char* p, const VU (&lanes)[kVecs], uint32_t mask) {
-    if constexpr (Cache::kDot) {
+// Rounds the probabilities of a row and adds up what comes of it, so that the weights add up to one.
+PELTON_INLINE VF store_rounded([[maybe_unused]] char* to, [[maybe_unused]] const VF (&e)[kKeyTile / kW]) {
+    VF total = {};
 #if defined(__AVX512BF16__)
-        VU pair = splat_u32(pair_at(p));
-        PELTON_UNROLL
-        for (int v = 0; v < kVecs; ++v) acc[v] = dot_pairs(acc[v], pair, lanes[v] & mask);
+    PELTON_UNROLL
+    for (int v = 0; v < kKeyTile / kW; v += 2) {
+        VU pairs = reinterpret_cast<VU>(
+            _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(e[v + 1]), reinterpret_cast<__m512>(e[v])));
+        store_u32(to + v * kW * 2, pairs);
+        total = dot_pairs(total, pairs, splat_u32(0x3f803f80u));
+    }
 #endif
-    } else {
-        const float* x = reinterpret_cast<const float*>(p);
-        if (!Cache::kPairs || mask & 0xffffu) {
-            VF x0 = splat(x[0]);
+    return total;
+}
+
+// Scores -> probabilities of up to kTileRows rows. kMasked: some of the 64 keys are invisible; visible lanes are
+// computed alike either way. kPlain: no cap, no slopes.
+template <class Cache, bool kMasked, bool kPlain>
+PELTON_APART void softmax_rows(const Problem& p, const TileAddress& at, int64_t begin, int64_t num_keys,
+                               int64_t kv_head, int64_t row, int64_t rows, const Scratch& s, int64_t state) {
+    constexpr int kVecs = kKeyTile / kW;
+    constexpr bool kInteger = Cache::kBytes && Cache::kDot;
+    const VF lanes = lane_numbers();
+    const auto masked = [&](int64_t i, int v, VF x, float otherwise) {
+        VF index = lanes + static_cast<float>(v * kW);
+        x = index < splat(static_cast<float>(s.lows[state + i])) ? splat(otherwise) : x;
+        return index < splat(static_cast<float>(s.highs[state + i])) ? x : splat(otherwise);
+    };
+    const auto scale_at = [&](int v) { return at.scales[v * kW / kTokenGroup] + v * kW % kTokenGroup * 4; };
+    // Of row i in lane i: what goes through memory in another width than it came waits there for the store.
+    VF tile = splat(kMinusInfinity);
+    [[maybe_unused]] VF tile_scales = {};
+    const auto put = [&](VF all, int64_t i, float x) { return lanes == static_cast<float>(i) ? splat(x) : all; };
+
+    for (int64_t i = 0; i < rows; ++i) {
+        float* scores = s.scores + i * kKeyTile;
+        const int64_t position = s.positions[state + i];
+        if (kMasked) see(p, position, begin, num_keys, s.lows + state + i, s.highs + state + i);
+        VF maximum = splat(kMinusInfinity), largest_scale = {};
+        PELTON_UNROLL
+        for (int v = 0; v < kVecs; ++v) {
+            VF x = load(scores + v * kW);
+            if constexpr (Cache::kBytes) x *= as_float(load_u32(scale_at(v)));
+            if (!kPlain && p.cap != 0.0f) x = tanh(x) * p.cap;
+            if (!kPlain && p.slopes) {
+                const float slope = p.slopes[kv_head * p.group + (row + i) % p.group] * kLog2e;
+                x += (lanes + static_cast<float>(begin + v * kW - position)) * slope;
+            }
+            if (kMasked) x = masked(i, v, x, kMinusInfinity);
+            if (Cache::kBytes || kMasked || !kPlain) store(scores + v * kW, x);
+            maximum = max(maximum, x);
+            if constexpr (kInteger) {
+                VF scale = as_float(load_u32(scale_at(v) + at.value_scales));
+                largest_scale = max(largest_scale, kMasked ? masked(i, v, scale, 0.0f) : scale);
+            }
+        }
+        tile = put(tile, i, max_lane(maximum));
+        if constexpr (kInteger) tile_scales = put(tile_scales, i, max_lane(largest_scale));
+    }
+
+    // All rows at once. A NaN becomes the maximum, or the correction in the tile after it.
+    const VF before = load_n(s.split.maxima + state, rows);
+    VF now = tile <= before ? before : tile;
+    store_n(s.split.maxima + state, now, rows);
+    // While nothing is visible the maximum stays -inf; subtract 0 then, as -inf - -inf is NaN.
+    const VF shift = now == kMinusInfinity ? VF{} : now;
+    const VF corrections = exp2_nonpositive(before - shift);
+    store_n(s.corrections + state, corrections, rows);
+    [[maybe_unused]] VF inverses;
+    if constexpr (kInteger) {
+        // What no probability times the scale of its value exceeds is 65000 units.
+        const VF bound = exp2_nonpositive(tile - shift) * tile_scales;
+        store_n(s.units + state, bound * (1.0f / kWeightUnits), rows);
+        inverses = bound > 1e-30f ? kWeightUnits / bound : VF{};
+    }
+
+    for (int64_t i = 0; i < rows; ++i) {
+        const float* scores = s.scores + i * kKeyTile;
+        char* probabilities = s.probabilities + i * kWeightBytes<Cache>;
+        VF e[kVecs], total = {};
+        PELTON_UNROLL
+        for (int v = 0; v < kVecs; ++v) e[v] = exp2_nonpositive(load(scores + v * kW) - shift[i]);
+        if constexpr (Cache::kDot && !Cache::kBytes) {
+            total = store_rounded(probabilities, e);
+        } else {
             PELTON_UNROLL
             for (int v = 0; v < kVecs; ++v) {
-                acc[v] = fma(x0, Cache::kPairs ? pair_low(lanes[v]) : as_float(lanes[v]), acc[v]);
+                total += e[v];
+                if constexpr (Cache::kBytes) {
+                    e[v] *= as_float(load_u32(scale_at(v) + at.value_scales));
+                    if (kMasked) e[v] = masked(i, v, e[v], 0.0f);
+                }
+                if constexpr (kInteger) {
+#if defined(__AVX512VNNI__)
+                    VU whole =
+                        reinterpret_cast<VU>(__builtin_convertvector(fma(e[v], splat(inverses[i]), splat(0.5f)), VI));
+                    store_bytes(probabilities + v * kW, whole >> 8);
+                    store_bytes(probabilities + kKeyTile + v * kW, whole);
+#endif
+                } else {
+                    store(reinterpret_cast<float*>(probabilities) + v * kW, e[v]);
+                }
             }
         }
-        if (Cache::kPairs && mask >> 16) {
-            VF x1 = splat(x[1]);
-            PELTON_UNROLL
-            for (int v = 0; v < kVecs; ++v) acc[v] = fma(x1, pair_high(lanes[v]), acc[v]);
-        }
+        float* sums = s.lane_sums + (state + i) * kW;
+        store(sums, fma(load(sums), splat(corrections[i]), total));
     }
 }
 
-// kEdges: some keys are seen by some rows only. Most tiles have none, and are spared the code for it.
-template <class Cache, bool kEdges, int kRows, int kVecs>
-PELTON_INLINE void value_columns(const char* p, const float* corrections, const TileAddress& at, const Seen& seen,
-                                 int64_t padded, int64_t col, float* out) {
-    VF acc[kRows][kVecs];
-    PELTON_UNROLL
-    for (int m = 0; m < kRows; ++m) {
-        PELTON_UNROLL
-        for (int v = 0; v < kVecs; ++v) acc[m][v] = load(out + m * padded + col + v * kW) * corrections[m];
-    }
-    constexpr int kStep = Cache::kPairs ? 2 : 1, kPBytes = Cache::kDot ? 2 : 4, kPStride = kKeyTile * kPBytes;
-    const int64_t row_bytes = padded * 4;
-    const auto values_at = [&](int64_t j) {
-        return at.values[j / kTokenGroup] + j % kTokenGroup / kStep * row_bytes + col * 4;
-    };
-    [[maybe_unused]] const auto edge = [&](int64_t from, int64_t to) {
-        for (int64_t j = from; j < to; j += kStep) {
-            const char* w = values_at(j);
-            VU lanes[kVecs];
-            PELTON_UNROLL
-            for (int v = 0; v < kVecs; ++v) lanes[v] = load_u32(w + v * kW * 4);
-            PELTON_UNROLL
-            for (int m = 0; m < kRows; ++m) {
-                const int64_t low = seen.lows[m], high = seen.highs[m];
-                uint32_t mask = 0;
-                if (low <= j && j < high) mask = Cache::kPairs ? 0xffffu : 0xffffffffu;
-                if (Cache::kPairs && low <= j + 1 && j + 1 < high) mask |= 0xffff0000u;
-                if (mask) take_keys<Cache>(acc[m], p + m * kPStride + j * kPBytes, lanes, mask);
-            }
-        }
-    };
-    if constexpr (kEdges) edge(seen.first, seen.begin);
-    for (int64_t begin = seen.begin; begin < seen.end;) {
-        const char *w = values_at(begin), *x = p + begin * kPBytes;
-        const int64_t group_end = begin / kTokenGroup * kTokenGroup + kTokenGroup;
-        const int64_t count = (group_end < seen.end ? group_end : seen.end) - begin;
-        begin += count;
-        for (int64_t j = 0; j < count; j += kStep) {
-            VU lanes[kVecs];
-            PELTON_UNROLL
-            for (int v = 0; v < kVecs; ++v) lanes[v] = load_u32(w + v * kW * 4);
-            w += row_bytes;
-            PELTON_UNROLL
-            for (int m = 0; m < kRows; ++m)
-                take_keys<Cache>(acc[m], x + m * kPStride + j * kPBytes, lanes, 0xffffffffu);
-        }
-    }
-    if constexpr (kEdges) edge(seen.end, seen.last);
-    PELTON_UNROLL
-    for (int m = 0; m < kRows; ++m) {
-        PELTON_UNROLL
-        for (int v = 0; v < kVecs; ++v) store(out + m * padded + col + v * kW, acc[m][v]);
-    }
-}
+// ---- splits
 
-template <class Cache, bool kEdges, int kRows>
-void value_rows(const Scratch& s, int64_t row, const TileAddress& at, const Seen& seen, int64_t padded) {
-    const char* p = s.probabilities + row * kKeyTile * (Cache::kDot ? 2 : 4);
-    const float* corrections = s.corrections + row;
-    float* out = s.output + row * padded;
-    int64_t col = 0;
-    for (; col + kTileVecs * kW <= padded; col += kTileVecs * kW) {
-        value_columns<Cache, kEdges, kRows, kTileVecs>(p, corrections, at, seen, padded, col, out);
-    }
-    for (; col < padded; col += kW) value_columns<Cache, kEdges, kRows, 1>(p, corrections, at, seen, padded, col, out);
-}
-
-template <class Cache, int kRows>
-void value_tile(const Scratch& s, int64_t row, const TileAddress& at, int64_t padded) {
-    Seen seen = {s.lows + row, s.highs + row, kKeyTile, 0, kKeyTile, 0};
-    for (int m = 0; m < kRows; ++m) {
-        const int32_t low = seen.lows[m], high = seen.highs[m];
-        seen.first = low < seen.first ? low : seen.first;
-        seen.begin = low > seen.begin ? low : seen.begin;
-        seen.end = high < seen.end ? high : seen.end;
-        seen.last = high > seen.last ? high : seen.last;
-    }
-    seen.first = seen.first / 2 * 2;
-    seen.begin = (seen.begin + 1) / 2 * 2;
-    seen.end = seen.end / 2 * 2;
-    seen.end = seen.end > seen.begin ? seen.end : seen.begin;
-    if (seen.first == seen.begin && seen.last == seen.end) {
-        value_rows<Cache, false, kRows>(s, row, at, seen, padded);
-    } else {
-        value_rows<Cache, true, kRows>(s, row, at, seen, padded);
-    }
-}
-
-// ---- softmax of one row over one key tile
-
-// kMasked: some of the 64 keys are invisible. Visible lanes are computed alike either way.
-template <class Cache, bool kMasked>
-void softmax_row(const Problem& p, int64_t position, int64_t begin, int64_t low, int64_t high, float slope,
-                 const Scratch& s, int64_t row) {
-    const VF lanes = lane_numbers();
-    const VF first = splat(static_cast<float>(low)), last = splat(static_cast<float>(high));
-
-    float* scores = s.scores + row * kKeyTile;
-    VF values[kKeyTile / kW];
-    VF maximum = splat(kMinusInfinity);
-    PELTON_UNROLL
-    for (int v = 0; v < kKeyTile / kW; ++v) {
-        VF index = lanes + static_cast<float>(v * kW);
-        VF x = load(scores + v * kW) * p.scale;
-        if (p.cap != 0.0f) x = tanh(x / p.cap) * p.cap;
-        if (slope != 0.0f) x += (index + static_cast<float>(begin - position)) * slope;
-        if (kMasked) {
-            x = index < first ? splat(kMinusInfinity) : x;
-            x = index < last ? x : splat(kMinusInfinity);
-        }
-        values[v] = x;
-        maximum = max(maximum, x);
-    }
-    const float before = s.maxima[row], tile = max_lane(maximum);
-    const float now = before > tile ? before : tile;
-    s.maxima[row] = now;
-    // While nothing is visible the maximum stays -inf; subtract 0 then, as -inf - -inf is NaN.
+// Merges rows of a later split into those before it.
+PELTON_INLINE void merge_row(float* output, float* maximum, float* sum, const float* next_output, float next_maximum,
+                             float next_sum, int64_t padded) {
+    const float before = *maximum, now = before > next_maximum ? before : next_maximum;
     const float shift = now == kMinusInfinity ? 0.0f : now;
-    const float correction = before == now ? 1.0f : exp_nonpositive(splat(before - shift))[0];
-    s.corrections[row] = correction;
-
-    VF total = {};
-    PELTON_UNROLL
-    for (int v = 0; v < kKeyTile / kW; ++v) {
-        VF e = exp_nonpositive(values[v] - shift);
-        if constexpr (Cache::kDot) {
-            VH rounded = to_bf16(e);
-            store_u16(s.probabilities + (row * kKeyTile + v * kW) * 2, rounded);
-            e = pair_low(widen(rounded));  // sum what is used, so that the weights add up to one
-        } else {
-            store(reinterpret_cast<float*>(s.probabilities) + row * kKeyTile + v * kW, e);
-        }
-        total += e;
-    }
-    s.sums[row] = s.sums[row] * correction + sum(total);
+    const float a = exp2_nonpositive(splat(before - shift))[0], b = exp2_nonpositive(splat(next_maximum - shift))[0];
+    *maximum = now;
+    *sum = *sum * a + next_sum * b;
+    for (int64_t d = 0; d < padded; d += kW) store(output + d, load(output + d) * a + load(next_output + d) * b);
 }
 
-template <class Cache>
-void softmax_tile(const Problem& p, const AttentionTile& tile, const float* slopes, int64_t begin, int64_t num_keys,
-                  const Scratch& s) {
-    for (int64_t i = 0; i < tile.row_end - tile.row_begin; ++i) {
-        const int64_t row = tile.row_begin + i, position = p.first_position + row / p.group;
-        const float slope = slopes ? slopes[tile.kv_head * p.group + row % p.group] : 0.0f;
-        // Lanes [low, high) are visible to the query.
-        int64_t low = 0, high = position + 1 - begin;
-        if (p.window && position - p.window + 1 > begin) low = position - p.window + 1 - begin;
-        if (high > num_keys) high = num_keys;
-        s.lows[i] = static_cast<int32_t>(low < num_keys ? low : num_keys);
-        s.highs[i] = static_cast<int32_t>(high > s.lows[i] ? high : s.lows[i]);
-        if (low == 0 && high == kKeyTile) {
-            softmax_row<Cache, false>(p, position, begin, low, high, slope, s, i);
-        } else {
-            softmax_row<Cache, true>(p, position, begin, low, high, slope, s, i);
-        }
-    }
-}
-
-template <class Cache>
-void attend(const Problem& p, const AttentionTile& tile, const Scratch& s) {
+void write_row(const Problem& p, int64_t kv_head, int64_t row, const float* from, float sum) {
     const Call& call = *p.call;
-    const int64_t rows = tile.row_end - tile.row_begin, padded = p.layout.padded, head_dim = p.head_dim;
-    const int64_t query_start = reinterpret_cast<const int32_t*>(call.operands[kQueryStart].data)[tile.sequence];
-    const float* q = reinterpret_cast<const float*>(call.operands[kQ].data);
-    float* out = reinterpret_cast<float*>(call.operands[kOut].data);
-    const float* slopes = reinterpret_cast<const float*>(call.operands[kSlopes].data);
-    const int64_t q_stride = head_dim * (Cache::kDot ? 2 : 4);
+    const int64_t head = kv_head * p.group + row % p.group;
+    float* to = reinterpret_cast<float*>(call.operands[kOut].data) +
+                (p.query_start + row / p.group) * call.ints[kLdOut] + head * p.head_dim;
+    int64_t d = 0;
+    for (; d + kW <= p.head_dim; d += kW) store(to + d, load(from + d) / sum);
+    if (d < p.head_dim) store_n(to + d, load(from + d) / sum, p.head_dim - d);
+}
 
-    for (int64_t i = 0; i < rows; ++i) {
-        const int64_t row = tile.row_begin + i, head = tile.kv_head * p.group + row % p.group;
-        const float* from = q + (query_start + row / p.group) * call.ints[kLdQ] + head * head_dim;
-        if constexpr (Cache::kDot) {
-            uint16_t* to = reinterpret_cast<uint16_t*>(s.queries + i * q_stride);
-            int64_t d = 0;
-            for (; d + kW <= head_dim; d += kW) store_u16(to + d, to_bf16(load(from + d)));
-            if (d < head_dim) {
-                uint16_t last[kW];
-                store_u16(last, to_bf16(load_n(from + d, head_dim - d)));
-                __builtin_memcpy(to + d, last, (head_dim - d) * 2);
+// The rows of one KV head, whose state begins at row `base` of the scratch, and keys [begin, end) of a tile.
+template <class Cache>
+void attend_tile(const Problem& p, const AttentionTile& tile, int64_t kv_head, int64_t base, const Scratch& s,
+                 const TileAddress& at, TileAddress next, int64_t begin, int64_t end) {
+    const int64_t num_keys = end - begin, padded = p.layout.padded;
+    for_row_tiles<kTileRows>(tile.row_end - tile.row_begin, [&]<int kRows>(int64_t m) {
+        const int64_t row = tile.row_begin + m, state = base + m;
+        const int64_t first = s.positions[state], last = s.positions[state + kRows - 1];
+        if (last < begin || (p.window && first - p.window + 1 >= end)) return;  // sees nothing of the tile
+        next.fetch = m < 2 * kTileRows;  // later rows find what these have fetched
+        if (Cache::kBytes && m == 0) fetch_scales(next);
+        score_tile<Cache, kRows>(s.queries + state * p.q_stride, s.factors + state, s.biases + state, at, next,
+                                 p.layout.lane_rows, num_keys, s.scores);
+        const bool whole =
+            first + 1 - begin >= kKeyTile && num_keys == kKeyTile && !(p.window && last - p.window + 1 > begin);
+        Seen seen = {nullptr, nullptr, 0, 0, kKeyTile, kKeyTile};
+        const bool plain = p.cap == 0.0f && !p.slopes;
+        const auto softmax = whole   ? plain ? softmax_rows<Cache, false, true> : softmax_rows<Cache, false, false>
+                             : plain ? softmax_rows<Cache, true, true>
+                                     : softmax_rows<Cache, true, false>;
+        softmax(p, at, begin, num_keys, kv_head, row, kRows, s, state);
+        if (!whole) seen = seen_by<Cache, kRows>(s.lows + state, s.highs + state);
+        value_tile<Cache, kRows>(s.probabilities, s.corrections + state, s.units + state, at, next, seen, padded,
+                                 s.split.output + state * padded);
+    });
+}
+
+template <class Cache>
+void attend(const Problem& p, const AttentionTile& tile, Scratch s) {
+    const Call& call = *p.call;
+    const int64_t head_rows = tile.row_end - tile.row_begin, rows = head_rows * tile.kv_heads;
+    const int64_t padded = p.layout.padded;
+    load_queries<Cache>(p, tile, s);
+    const int64_t first = position_of(p, tile.row_begin), last = position_of(p, tile.row_end - 1);
+    const int64_t seen = p.window && first >= p.window ? (first - p.window + 1) / kKeyTile * kKeyTile : 0;
+    const int64_t until = last + 1 < tile.split_end * kSplit ? last + 1 : tile.split_end * kSplit;
+    int64_t begin = seen > tile.split_begin * kSplit ? seen : tile.split_begin * kSplit;
+    const auto end_of = [&](int64_t from) { return until - from < kKeyTile ? until : from + kKeyTile; };
+    TileAddress at = address_tile(p, tile.kv_head, begin, end_of(begin));
+    for (int64_t split = tile.split_begin; split < tile.split_end; ++split) {
+        for (int64_t i = 0; i < rows; ++i) s.split.maxima[i] = kMinusInfinity;
+        for (int64_t i = 0; i < rows * kW; i += kW) store(s.lane_sums + i, VF{});
+        for (int64_t i = 0; i < rows * padded; i += kW) store(s.split.output + i, VF{});
+        const int64_t split_end = (split + 1) * kSplit < until ? (split + 1) * kSplit : until;
+        while (begin < split_end) {
+            const int64_t end = end_of(begin);
+            for (int64_t h = 0; h < tile.kv_heads; ++h) {
+                TileAddress next = at;
+                if (h + 1 < tile.kv_heads) {
+                    next = address_tile(p, tile.kv_head + h + 1, begin, end);
+                } else if (end < until) {
+                    next = address_tile(p, tile.kv_head, end, end_of(end));
+                }
+                attend_tile<Cache>(p, tile, tile.kv_head + h, h * head_rows, s, at, next, begin, end);
+                at = next;
             }
-        } else {
-            __builtin_memcpy(s.queries + i * q_stride, from, q_stride);
+            begin = end;
         }
-        s.maxima[i] = kMinusInfinity;
-        s.sums[i] = 0.0f;
+        for (int64_t i = 0; i < rows; ++i) s.split.sums[i] = sum(load(s.lane_sums + i * kW));
+        if (tile.slot >= 0) {
+            const int64_t floats = slot_floats(p.head_dim);
+            const int64_t slot = tile.slot + (split - tile.split_begin) * tile.slot_stride;
+            for (int64_t i = 0; i < rows; ++i) {
+                float* to = reinterpret_cast<float*>(call.shared) + (slot + i) * floats;
+                __builtin_memcpy(to, s.split.output + i * padded, padded * 4);
+                to[padded] = s.split.maxima[i];
+                to[padded + 1] = s.split.sums[i];
+            }
+        } else if (split == tile.split_begin) {
+            const State swapped = s.total;
+            s.total = s.split;
+            s.split = swapped;
+        } else {
+            for (int64_t i = 0; i < rows; ++i) {
+                merge_row(s.total.output + i * padded, s.total.maxima + i, s.total.sums + i,
+                          s.split.output + i * padded, s.split.maxima[i], s.split.sums[i], padded);
+            }
+        }
     }
-    for (int64_t i = 0; i < rows * padded; i += kW) store(s.output + i, VF{});
-
-    const int64_t first = p.first_position + tile.row_begin / p.group;
-    const int64_t last = p.first_position + (tile.row_end - 1) / p.group;
-    int64_t begin = p.window && first - p.window + 1 > 0 ? first - p.window + 1 : 0;
-    begin = begin / kKeyTile * kKeyTile;
-    for (; begin <= last; begin += kKeyTile) {
-        const int64_t end = last + 1 - begin < kKeyTile ? last + 1 : begin + kKeyTile;
-        const int64_t num_keys = end - begin;
-        const TileAddress at = address_tile(p, begin, end);
-        for_row_tiles<kTileRows>(rows, [&]<int kRows>(int64_t m) {
-            score_tile<Cache, kRows>(s.queries + m * q_stride, q_stride, at, head_dim, p.block_size, num_keys,
-                                     s.scores + m * kKeyTile);
-        });
-        softmax_tile<Cache>(p, tile, slopes, begin, num_keys, s);
-        for_row_tiles<kTileRows>(rows, [&]<int kRows>(int64_t m) { value_tile<Cache, kRows>(s, m, at, padded); });
-    }
-
+    if (tile.slot >= 0) return;
     for (int64_t i = 0; i < rows; ++i) {
-        const int64_t row = tile.row_begin + i, head = tile.kv_head * p.group + row % p.group;
-        float* to = out + (query_start + row / p.group) * call.ints[kLdOut] + head * head_dim;
-        const float* from = s.output + i * padded;
-        int64_t d = 0;
-        for (; d + kW <= head_dim; d += kW) store(to + d, load(from + d) / s.sums[i]);
-        for (; d < head_dim; ++d) to[d] = from[d] / s.sums[i];
+        write_row(p, tile.kv_head + i / head_rows, tile.row_begin + i % head_rows, s.total.output + i * padded,
+                  s.total.sums[i]);
     }
 }
 
-void attention_tiles(const Call& call, int64_t first, int64_t end, Worker& worker) {
+// ---- stages
+
+Problem problem_of(const Call& call) {
     const int64_t* ints = call.ints;
-    Problem p;
+    Problem p = {};
     p.call = &call;
     p.layout = cache_layout(ints[kKvHeads], ints[kHeadDim], ints[kBlockSize], ints[kFormat]);
     p.head_dim = ints[kHeadDim];
     p.block_size = ints[kBlockSize];
     p.group = ints[kHeads] / ints[kKvHeads];
     p.window = ints[kWindow];
-    p.scale = call.floats[kScaleFactor];
-    p.cap = call.floats[kCap];
-    Scratch s;
-    char* at = worker.scratch;
-    s.queries = at;
-    s.scores = reinterpret_cast<float*>(at += kRowTile * p.layout.padded * 4);
-    s.probabilities = at += kRowTile * kKeyTile * 4;
-    s.output = reinterpret_cast<float*>(at += kRowTile * kKeyTile * 4);
-    s.maxima = reinterpret_cast<float*>(at += kRowTile * p.layout.padded * 4);
-    s.sums = s.maxima + kRowTile;
-    s.corrections = s.sums + kRowTile;
-    s.lows = reinterpret_cast<int32_t*>(s.corrections + kRowTile);
-    s.highs = s.lows + kRowTile;
+    p.value_row = p.layout.value_bytes / p.block_size;
+    p.q_stride = (p.head_dim * 4 + 63) / 64 * 64;
+    const float scale = call.floats[kScaleFactor], cap = call.floats[kCap];
+    p.slopes = reinterpret_cast<const float*>(call.operands[kSlopes].data);
+    p.cache = call.operands[kCache].data;
+    p.cap = cap * kLog2e;
+    p.scale = cap != 0.0f ? scale / cap : scale * kLog2e;
+    return p;
+}
 
-    const AttentionTile* tiles = static_cast<const AttentionTile*>(call.plan);
-    const int32_t* seq_lens = reinterpret_cast<const int32_t*>(call.operands[kSeqLens].data);
+void locate(Problem& p, int64_t sequence) {
+    const Call& call = *p.call;
     const int32_t* query_start = reinterpret_cast<const int32_t*>(call.operands[kQueryStart].data);
+    p.block_table =
+        reinterpret_cast<const int32_t*>(call.operands[kBlockTable].data) + sequence * call.ints[kTableWidth];
+    p.query_start = query_start[sequence];
+    p.seq_len = reinterpret_cast<const int32_t*>(call.operands[kSeqLens].data)[sequence];
+    p.first_position = p.seq_len - (query_start[sequence + 1] - query_start[sequence]);
+}
+
+void attention_tiles(const Call& call, int64_t first, int64_t end, Worker& worker) {
+    Problem p = problem_of(call);
+    char* at = worker.scratch;
+    const auto take = [&](int64_t bytes) {
+        char* taken = at;
+        at += bytes;
+        return taken;
+    };
+    const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(take(count * 4)); };
+    Scratch s;
+    s.queries = take(kRowTile * p.q_stride);
+    s.split.output = floats(kRowTile * p.layout.padded);
+    s.total.output = floats(kRowTile * p.layout.padded);
+    s.lane_sums = floats(kRowTile * 16);
+    s.scores = floats(kMostTileRows * kKeyTile);
+    s.probabilities = take(kMostTileRows * kKeyTile * 4);
+    float** const numbers[] = {&s.split.maxima, &s.split.sums, &s.total.maxima, &s.total.sums,
+                               &s.corrections,  &s.units,      &s.factors};
+    for (float** per_row : numbers) *per_row = floats(kRowTile);
+    s.lows = reinterpret_cast<int32_t*>(floats(kRowTile));
+    s.highs = reinterpret_cast<int32_t*>(floats(kRowTile));
+    s.biases = reinterpret_cast<int32_t*>(floats(kRowTile));
+    s.positions = reinterpret_cast<int32_t*>(floats(kRowTile));
+
+    const AttentionTile* tiles = static_cast<const AttentionWork*>(call.plan)->tiles;
     for (int64_t i = first; i < end; ++i) {
-        const AttentionTile& tile = tiles[i];
-        const int32_t seq = tile.sequence;
-        p.block_table = reinterpret_cast<const int32_t*>(call.operands[kBlockTable].data) + seq * ints[kTableWidth];
-        p.seq_len = seq_lens[seq];
-        p.first_position = p.seq_len - (query_start[seq + 1] - query_start[seq]);
-        p.cache = call.operands[kCache].data + tile.kv_head * p.layout.head_bytes;
-        if (ints[kFormat] == kCacheBf16) {
-            attend<Bf16Cache>(p, tile, s);
-        } else {
-            attend<F32Cache>(p, tile, s);
+        locate(p, tiles[i].sequence);
+        switch (call.ints[kFormat]) {
+            case kCacheBf16:
+                attend<Bf16Cache>(p, tiles[i], s);
+                break;
+            case kCacheInt8:
+                attend<Int8Cache>(p, tiles[i], s);
+                break;
+            default:
+                attend<F32Cache>(p, tiles[i], s);
         }
+    }
+}
+
+void merge_splits(const Call& call, int64_t first, int64_t end, Worker& worker) {
+    Problem p = problem_of(call);
+    const AttentionMerge* merges = static_cast<const AttentionWork*>(call.plan)->merges;
+    const int64_t padded = p.layout.padded, floats = slot_floats(p.head_dim);
+    float* output = reinterpret_cast<float*>(worker.scratch);
+    for (int64_t i = first; i < end; ++i) {
+        const AttentionMerge& merge = merges[i];
+        locate(p, merge.sequence);
+        const float* slot = reinterpret_cast<const float*>(call.shared) + merge.slot * floats;
+        __builtin_memcpy(output, slot, padded * 4);
+        float maximum = slot[padded], sum = slot[padded + 1];
+        for (int64_t n = 1; n < merge.splits; ++n) {
+            slot += merge.stride * floats;
+            merge_row(output, &maximum, &sum, slot, slot[padded], slot[padded + 1], padded);
+        }
+        write_row(p, merge.kv_head, merge.row, output, sum);
     }
 }
 
 }  // namespace
 
 extern const Kernel attention_kernels[];
-const Kernel attention_kernels[] = {{"attention", {attention_tiles}, 0}, {nullptr, {}, 0}};
+const Kernel attention_kernels[] = {{"attention", {attention_tiles, merge_splits}, 0}, {nullptr, {}, 0}};
 
 }  // namespace pelton::cpu::PELTON_ISA

@@ -45,25 +45,72 @@ struct CacheTarget {
     char* cache;
     CacheLayout layout;
     int64_t head_dim, block_size;
-    bool bf16;
+    int64_t format;
 };
+
+// kW numbers from d on, or as many as there are and zeros.
+PELTON_INLINE VF part(const float* x, int64_t d, int64_t count) {
+    return count - d < kW ? load_n(x + d, count - d) : load(x + d);
+}
+
+// Codes from -127 to 127, to the nearest (even), of numbers in units of the scale, which is returned: the largest
+// magnitude over 127. If a number is not finite all codes are 0 and the scale infinite: nothing finite comes of it.
+template <class F>
+PELTON_INLINE float round_to_bytes(const float* x, int64_t count, F put) {
+    VF largest = {}, poison = {};
+    int64_t d = 0;
+    for (; d < count; d += kW) {
+        largest = max(largest, abs(part(x, d, count)));
+        poison += part(x, d, count) * 0.0f;  // a maximum may lose a NaN
+    }
+    const float size = max_lane(largest) + sum(poison);
+    const float scale = size < __builtin_inff() ? size / 127.0f : __builtin_inff();
+    const bool divide = scale > 0.0f && scale < __builtin_inff();
+    for (d = 0; d < count; d += kW) {
+        // Adding 1.5 * 2^23 rounds, and leaves the code in the lowest bits.
+        VF codes = divide ? min(splat(127.0f), max(splat(-127.0f), part(x, d, count) / scale)) : VF{};
+        VF shifted = codes + 12582912.0f;
+        int32_t lanes[kW];
+        store_u32(lanes, as_u32(shifted));
+        for (int64_t i = d; i < count && i < d + kW; ++i) put(i, static_cast<int8_t>(lanes[i - d]));
+    }
+    return scale;
+}
 
 void write_slot(const CacheTarget& t, int64_t slot, int64_t head, const float* k, const float* v) {
     const int64_t block = slot / t.block_size, token = slot % t.block_size;
+    const int64_t padded = t.layout.padded, row = t.block_size * 4;  // row: from a lane of a key to the next
     char* keys = t.cache + block * t.layout.block_bytes + head * t.layout.head_bytes;
     char* values = keys + t.layout.key_bytes;
-    if (t.bf16) {
-        uint16_t* kp = reinterpret_cast<uint16_t*>(keys) + token * 2;
-        uint16_t* vp = reinterpret_cast<uint16_t*>(values) + token / 2 * t.layout.padded * 2 + token % 2;
-        for (int64_t d = 0; d < t.head_dim; d += 2) {
-            kp[d * t.block_size] = to_bf16_scalar(k[d]);
-            kp[d * t.block_size + 1] = to_bf16_scalar(k[d + 1]);
+    keys += token * 4;
+    if (t.format == kCacheBf16) {
+        values += token / 2 * padded * 4 + token % 2 * 2;
+        uint16_t rounded[kMaxHeadDim + kW];
+        const auto round_all = [&](const float* x) {
+            for (int64_t d = 0; d < t.head_dim; d += kW) store_u16(rounded + d, to_bf16(part(x, d, t.head_dim)));
+        };
+        round_all(k);
+        for (int64_t d = 0; d < t.head_dim; d += 2) __builtin_memcpy(keys + d / 2 * row, rounded + d, 4);
+#if defined(__AVX512BW__)
+        // Only the token's halves of the lanes are written: the others may be another thread's.
+        const int shift = token % 2 * 16;
+        for (int64_t d = 0; d < t.head_dim; d += kW) {
+            VU lanes = widen(to_bf16(part(v, d, t.head_dim))) << shift;
+            _mm512_mask_storeu_epi16(values + d * 4 - token % 2 * 2, 0x55555555u << token % 2,
+                                     reinterpret_cast<__m512i>(lanes));
         }
-        for (int64_t d = 0; d < t.head_dim; ++d) vp[2 * d] = to_bf16_scalar(v[d]);
+#else
+        round_all(v);
+        for (int64_t d = 0; d < t.head_dim; ++d) __builtin_memcpy(values + d * 4, rounded + d, 2);
+#endif
+    } else if (t.format == kCacheInt8) {
+        float* scales = reinterpret_cast<float*>(values + t.layout.value_bytes) + token;
+        values += token / 4 * padded * 4 + token % 4;
+        scales[0] = round_to_bytes(k, t.head_dim, [&](int64_t d, int8_t code) { keys[d / 4 * row + d % 4] = code; });
+        scales[t.block_size] = round_to_bytes(v, t.head_dim, [&](int64_t d, int8_t code) { values[d * 4] = code; });
     } else {
-        float* kp = reinterpret_cast<float*>(keys) + token;
-        for (int64_t d = 0; d < t.head_dim; ++d) kp[d * t.block_size] = k[d];
-        __builtin_memcpy(reinterpret_cast<float*>(values) + token * t.layout.padded, v, t.head_dim * 4);
+        for (int64_t d = 0; d < t.head_dim; ++d) *reinterpret_cast<float*>(keys + d * row) = k[d];
+        __builtin_memcpy(values + token * padded * 4, v, t.head_dim * 4);
     }
 }
 
@@ -84,7 +131,7 @@ void kv_write_rows(const Call& call, int64_t begin, int64_t end, Worker&) {
     const int64_t heads = call.ints[kKvHeads], head_dim = call.ints[kHeadDim], block_size = call.ints[kBlockSize];
     const int64_t format = call.ints[kFormat];
     const CacheTarget target = {call.operands[kCache].data, cache_layout(heads, head_dim, block_size, format), head_dim,
-                                block_size, format == kCacheBf16};
+                                block_size, format};
     for (int64_t r = begin; r < end; ++r) {
         for (int64_t h = 0; h < heads; ++h) {
             write_slot(target, ints_of(call, kSlots)[r], h, floats_of(call, kK) + r * call.ints[kLdK] + h * head_dim,
@@ -99,7 +146,7 @@ void rope_kv_write_rows(const Call& call, int64_t begin, int64_t end, Worker&) {
     const int64_t rot_dim = call.ints[kRotDim], block_size = call.ints[kBlockSize], format = call.ints[kFormat];
     const bool interleaved = call.ints[kInterleaved];
     const CacheTarget target = {call.operands[kCache].data, cache_layout(kv_heads, head_dim, block_size, format),
-                                head_dim, block_size, format == kCacheBf16};
+                                head_dim, block_size, format};
     float rotated[kMaxHeadDim];
     for (int64_t r = begin; r < end; ++r) {
         const float* table = floats_of(call, kTable) + ints_of(call, kPositions)[r] * rot_dim;
