@@ -101,10 +101,10 @@ int64_t load_query(const Problem& p, const float* from, const Scratch& s, int64_
         const float size = max_lane(largest) + sum(poison);
         const float unit = size / kQueryUnits, inverse = size > 1e-30f ? kQueryUnits / size : 0.0f;
         const int64_t bytes = p.layout.lane_rows * 4;
-        VI total = {};
+        VU total = {};  // unsigned, as what is not finite overflows
         for (int64_t d = 0; d < head_dim; d += kW) {
             VI value = reinterpret_cast<VI>(_mm512_cvtps_epi32(reinterpret_cast<__m512>(part(d) * inverse)));
-            total += value;
+            total += reinterpret_cast<VU>(value);
             VI high = (value + 64) >> 7, low = value - (high << 7);
             char parts[2][kW];
             store_bytes(parts[0], reinterpret_cast<VU>(high));
@@ -113,9 +113,9 @@ int64_t load_query(const Problem& p, const float* from, const Scratch& s, int64_
             __builtin_memcpy(to + d, parts[0], count);
             __builtin_memcpy(to + bytes + d, parts[1], count);
         }
-        int32_t bias = 0;
+        uint32_t bias = 0;
         for (int lane = 0; lane < kW; ++lane) bias += total[lane];
-        s.biases[i] = bias * 128;
+        s.biases[i] = static_cast<int32_t>(bias * 128);
         s.factors[i] = p.scale * unit;
 #endif
     }
