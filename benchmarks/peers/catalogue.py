@@ -142,7 +142,7 @@ PEERS = {
             "ctranslate2",
             "CTranslate2",
             (
-                Precision("f32", 16, "convert", note="it has no 16-bit type on CPUs without AMX: twice the bytes"),
+                Precision("f32", 16, "convert", note="it has no 16-bit type on this kind of CPU: twice the bytes"),
                 Precision("int8", 8, "convert"),
             ),
             "one static batch of equal lengths",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -82,8 +83,10 @@ def cuda_packages(names: list[str]) -> list[str]:
 
 
 def _run(command: list[str]) -> str:
+    # What is compiled (llama.cpp) is compiled for this CPU.
+    environment = {"CMAKE_ARGS": "-DGGML_NATIVE=ON", **os.environ}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL, env=environment)
     except subprocess.TimeoutExpired:
         raise SetupError(f"the installation took longer than {INSTALL / 60:.0f} minutes") from None
     except OSError as error:

@@ -128,6 +128,7 @@ def measure_model(model: Model, peers: list[Peer], options: Options, say: Callab
         say(f"{variant.name}: preparing")
         _try(variant, say, lambda v=variant: _prepare(v, model, folder, options, say))
     peaks: list[dict[str, Any]] = []
+    neighbours = Neighbours()
     for bits in model.bits:
         group = [v for v in variants if v.precision.bits == bits]
         if any(not v.failure for v in group):
@@ -135,7 +136,7 @@ def measure_model(model: Model, peers: list[Peer], options: Options, say: Callab
             _measure_group(group, model, options, say)
     if peaks:
         peaks.append(measure_peaks(options))
-    return _result(model, variants, options, peaks)
+    return _result(model, variants, options, peaks) | {"cpu_used_by_others": round(neighbours.share(), 3)}
 
 
 def _prepare(variant: Variant, model: Model, folder: Path, options: Options, say: Callable[[str], None]) -> None:
@@ -370,6 +371,28 @@ def _limits(model: Model, options: Options, peaks: list[dict[str, Any]]) -> dict
             row[f"decode {load.name}"] = decode_limit(shape.matrices, bits, shape.kv, context, best["read_bandwidth"])
             row[f"prefill {load.name}"] = prefill_limit(shape.matrices, shape.head, shape.queries, load.prompt, flops)
     return limits
+
+
+class Neighbours:
+    """How much of the CPU others take between two moments at which no worker runs."""
+
+    def __init__(self) -> None:
+        self._total, self._busy = _cpu_seconds()
+        self._ours = sum(os.times()[:4])
+
+    def share(self) -> float:
+        """Of all cores, 0 to 1; time that a hypervisor gave to others included."""
+        total, busy = _cpu_seconds()
+        ours = sum(os.times()[:4]) - self._ours
+        return max(0.0, busy - self._busy - ours) / max(1e-9, total - self._total)
+
+
+def _cpu_seconds() -> tuple[float, float]:
+    """(all, busy) of all cores since boot."""
+    fields = [int(f) for f in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    total = sum(fields)  # user, nice, system, idle, iowait, irq, softirq, steal
+    tick = os.sysconf("SC_CLK_TCK")
+    return total / tick, (total - fields[3] - fields[4]) / tick
 
 
 def machine() -> dict[str, Any]:

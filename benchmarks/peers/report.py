@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
+NOISE = 0.05  # of the CPU that others may take before figures stop meaning something
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -13,6 +14,10 @@ def markdown(results: Mapping[str, Any]) -> str:
     parts = []
     for name, model in results["models"].items():
         parts.append(f"### {model.get('title', name)}\n")
+        if model.get("cpu_used_by_others", 0) > NOISE:
+            parts.append(
+                f"**Other programs took {model['cpu_used_by_others']:.0%} of the CPU meanwhile: not to be quoted.**\n"
+            )
         parts.append(_speeds(model))
         ratios = _ratios(model)
         if ratios:
