@@ -5,7 +5,7 @@ prompts; engines take turns in every round, so that drift of the machine hits al
 rounds, ratios are medians of the rounds' ratios. The first call installs the engines and makes the models under
 --work, which takes a while and about 20 GB; later calls only measure. Use an otherwise idle machine.
 
-Writes a JSON file under benchmarks/results/, with the tables beside it as Markdown.
+Writes a JSON file per model under benchmarks/results/, with the tables beside it as Markdown.
 
 Examples:
   python -m benchmarks.peers --quick --models smollm2            # does everything work here?
@@ -23,6 +23,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--work", type=Path, default=Path.home() / ".cache" / "pelton-peers",
                       help="environments, models and logs; default: ~/.cache/pelton-peers")  # fmt: skip
     made.add_argument("--quick", action="store_true", help="tiny workloads, one round: shows that engines work")
-    made.add_argument("--output", type=Path, help="default: benchmarks/results/peers-<cpu>.json, with --quick: WORK")
+    made.add_argument("--output", type=Path, metavar="FOLDER", help="default: benchmarks/results, with --quick: WORK")
     return made
 
 
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     def say(text: str) -> None:
         print(f"[{time.monotonic() - begin:6.0f} s] {text}", file=sys.stderr, flush=True)
 
-    results: dict[str, Any] = {
+    common: dict[str, Any] = {
         "command": "python -m benchmarks.peers " + " ".join(shown_arguments(arguments or sys.argv[1:])),
         "date": date.today().isoformat(),
         **_commit(),
@@ -94,27 +95,27 @@ def main(arguments: list[str] | None = None) -> int:
         "python": platform.python_version(),
         "rounds": {"one sequence": options.rounds, "batches": options.batch_rounds, "starts": options.cold_rounds},
         "quick": args.quick,
-        "models": {},
     }
-    output = args.output
+    folder: Path = args.output or (work if args.quick else RESULTS)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in args.models:
         model = MODELS[name]
         if args.bits:
-            model = type(model)(**{**vars(model), "bits": tuple(b for b in model.bits if b in args.bits)})
+            model = replace(model, bits=tuple(b for b in model.bits if b in args.bits))
         say(model.title)
-        results["models"][name] = measured = measure_model(model, peers, options, say)
+        start = time.monotonic()
+        measured = measure_model(model, peers, options, say)
         if measured["peaks"]:
-            results["machine"] |= {k: measured["peaks"][0][k] for k in ("cpu", "isa")}
-        results["minutes"] = round((time.monotonic() - begin) / 60, 1)
-        results = private(results, work)
-        folder = work if args.quick else RESULTS
-        cpu = re.sub(r"[^a-z0-9]+", "-", str(results["machine"].get("cpu", "cpu")).lower()).strip("-")
-        output = args.output or folder / f"peers-{cpu}.json"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results, indent=1) + "\n")  # after every model: a long run may be cut short
-        output.with_suffix(".md").write_text(markdown(results))
-    print(markdown(results))
-    print(output)
+            common["machine"] |= {k: measured["peaks"][0][k] for k in ("cpu", "isa")}
+        minutes = round((time.monotonic() - start) / 60, 1)
+        results = private({**common, "minutes": minutes, "models": {name: measured}}, work)
+        cpu = re.sub(r"[^a-z0-9]+", "-", str(common["machine"].get("cpu", "cpu")).lower()).strip("-")
+        output = folder / f"peers-{cpu}-{name}.json"  # one per model: long runs are made one by one
+        output.write_text(json.dumps(results, indent=1) + "\n")
+        text = markdown(results)
+        output.with_suffix(".md").write_text(text)
+        print(text)
+        print(output)
     return 0
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def measure_model(model: Model, peers: list[Peer], options: Options, say: Callab
     ]
     for variant in variants:
         say(f"{variant.name}: preparing")
-        _try(variant, say, lambda v=variant: _prepare(v, model, folder, options, say))
+        _try(variant, say, partial(_prepare, variant, model, folder, options, say))
     peaks: list[dict[str, Any]] = []
     neighbours = Neighbours()
     for bits in model.bits:
@@ -211,13 +212,13 @@ def _measure_group(group: list[Variant], model: Model, options: Options, say: Ca
         for round_ in range(options.cold_rounds + 1):  # the first start packs, compiles, fills the page cache
             for variant in group:
                 say(f"{variant.name}: start {round_}/{options.cold_rounds}")
-                _try(variant, say, lambda v=variant, r=round_: _start(v, pool, measured=r > 0))
+                _try(variant, say, partial(_start, variant, pool, measured=round_ > 0))
         for round_ in range(options.rounds):
             for load in single:
                 for variant in group:
                     say(f"{variant.name}: {load.name} tokens, round {round_ + 1}/{options.rounds}")
                     prompts = _prompts(load, vocab, round_)
-                    if not _try(variant, say, lambda v=variant, w=load, p=prompts: _one(v, w, p[0], pool)):
+                    if not _try(variant, say, partial(_one, variant, load, prompts[0], pool)):
                         pool.drop(variant.name)
         for load in options.workloads:
             if load.sequences == 1:
@@ -226,7 +227,7 @@ def _measure_group(group: list[Variant], model: Model, options: Options, say: Ca
                 for variant in group:
                     say(f"{variant.name}: {load.name}, round {round_ + 1}/{options.batch_rounds}")
                     prompts = _prompts(load, vocab, round_)
-                    if not _try(variant, say, lambda v=variant, w=load, p=prompts: _batch(v, w, p, pool)):
+                    if not _try(variant, say, partial(_batch, variant, load, prompts, pool)):
                         pool.drop(variant.name)
     finally:
         pool.close()

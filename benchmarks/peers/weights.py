@@ -59,7 +59,7 @@ class Source:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes by HF name, in the order of the layers."""
         if self._tensors is not None:
-            return {name: tensor.type.shape for name, tensor in self._tensors.items()}
+            return {name: tuple(map(int, tensor.type.shape)) for name, tensor in self._tensors.items()}
         return random_shapes(self.config)
 
     def read(self, name: str) -> np.ndarray:

@@ -7,6 +7,8 @@ from typing import Any
 
 from serve import serve
 
+STEP = 64  # tokens by which static caches differ
+
 
 class Engine:
     def __init__(self, model: str, precision: str, threads: int, max_len: int, max_seqs: int) -> None:
@@ -16,7 +18,6 @@ class Engine:
         torch.set_num_threads(threads)
         self.torch = torch
         self.version = f"{transformers.__version__}, torch {torch.__version__}"
-        self.max_len = max_len
         self.compiled = precision.endswith("compiled")
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.bfloat16, attn_implementation="sdpa"
@@ -38,7 +39,8 @@ class Engine:
 
         if not self.compiled:
             return DynamicCache(config=self.model.config)
-        return StaticCache(config=self.model.config, max_cache_len=length)
+        # In steps, so that the unmeasured call before the measured one compiles for the same length.
+        return StaticCache(config=self.model.config, max_cache_len=max(STEP * 3, -(-length // STEP) * STEP))
 
     def _prefill(self, rows: list[list[int]], cache: Any) -> Any:
         out = self.model(self.torch.tensor(rows), past_key_values=cache, use_cache=True, logits_to_keep=1)
