@@ -52,7 +52,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=_positive, default=len(os.sched_getaffinity(0)), help="default: all cores")
     made.add_argument("--work", type=Path, default=Path.home() / ".cache" / "pelton-peers",
                       help="environments, models and logs; default: ~/.cache/pelton-peers")  # fmt: skip
-    made.add_argument("--quick", action="store_true", help="tiny workloads, one round: shows that engines work")
+    made.add_argument(
+        "--quick", action="store_true", help="tiny workloads of its own, one round: shows that engines work"
+    )
     made.add_argument("--output", type=Path, metavar="FOLDER", help="default: benchmarks/results, with --quick: WORK")
     return made
 
@@ -75,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         rounds=args.rounds or quick or 5,
         batch_rounds=args.batch_rounds or quick or 2,
         cold_rounds=args.cold_rounds or quick or 3,
-        workloads=workloads(args.workloads, args.quick),
+        workloads=workloads(None if args.quick else args.workloads, args.quick),
     )
     peers = [peer for name, peer in PEERS.items() if name in {"pelton", *args.peers}]
     begin = time.monotonic()

@@ -26,13 +26,15 @@ class Precision:
     """How a peer stores weights.
 
     bits: the class it is compared in. source: "hf" (the bf16 folder), "gguf" (a file of that name), or
-    "convert" (what the peer's own converter makes of the folder).
+    "convert" (what the peer's own converter makes of the folder). elsewhere: why it takes part in the models
+    `only` alone; empty: the precision does not exist elsewhere.
     """
 
     name: str
     bits: int
     source: str
     only: tuple[str, ...] = ()  # models; empty: all
+    elsewhere: str = ""
     note: str = ""
 
 
@@ -91,6 +93,13 @@ MODELS = {
     )
 }
 
+#: What stands in for 16 bits where an engine has none: worth its disk and memory for a small model only.
+_F32: dict[str, Any] = {
+    "only": ("smollm2",),
+    "elsewhere": "it has no 16-bit weights on this kind of CPU, and f32 at this size would be another contest",
+    "note": "no 16-bit weights on this kind of CPU: twice the bytes",
+}
+
 _GGUF = (
     Precision("Q8_0", 8, "gguf"),
     Precision("Q4_1", 4, "gguf", only=("smollm2",), note="the published file"),
@@ -132,7 +141,7 @@ PEERS = {
             "onnxruntime_genai",
             "ONNX Runtime GenAI",
             (
-                Precision("f32", 16, "convert", note="its CPU provider has no 16-bit kernels: twice the bytes"),
+                Precision("f32", 16, "convert", **_F32),
                 Precision("int8", 8, "convert"),
                 Precision("int4", 4, "convert"),
             ),
@@ -142,7 +151,7 @@ PEERS = {
             "ctranslate2",
             "CTranslate2",
             (
-                Precision("f32", 16, "convert", note="it has no 16-bit type on this kind of CPU: twice the bytes"),
+                Precision("f32", 16, "convert", **_F32),
                 Precision("int8", 8, "convert"),
             ),
             "one static batch of equal lengths",

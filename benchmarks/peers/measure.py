@@ -120,13 +120,13 @@ def measure_model(model: Model, peers: list[Peer], options: Options, say: Callab
     folder = options.work / "models" / model.name
     folder.mkdir(parents=True, exist_ok=True)
     variants = [
-        Variant(peer, precision)
+        Variant(peer, precision, failure="" if takes_part(precision, model) else precision.elsewhere)
         for peer in peers
         for precision in peer.precisions
-        if precision.bits in model.bits and (not precision.only or model.name in precision.only)
+        if precision.bits in model.bits and (takes_part(precision, model) or precision.elsewhere)
     ]
     for variant in variants:
-        say(f"{variant.name}: preparing")
+        say(f"{variant.name}: {variant.failure or 'preparing'}")
         _try(variant, say, partial(_prepare, variant, model, folder, options, say))
     peaks: list[dict[str, Any]] = []
     neighbours = Neighbours()
@@ -138,6 +138,10 @@ def measure_model(model: Model, peers: list[Peer], options: Options, say: Callab
     if peaks:
         peaks.append(measure_peaks(options))
     return _result(model, variants, options, peaks) | {"cpu_used_by_others": round(neighbours.share(), 3)}
+
+
+def takes_part(precision: Precision, model: Model) -> bool:
+    return not precision.only or model.name in precision.only
 
 
 def _prepare(variant: Variant, model: Model, folder: Path, options: Options, say: Callable[[str], None]) -> None:

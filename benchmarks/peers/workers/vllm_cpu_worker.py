@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,22 @@ from typing import Any
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine in this process: no message passing in what is timed
     VLLM_CPU_KVCACHE_SPACE="1",  # GiB; the workloads need 12,288 tokens at most
+    VLLM_USE_AOT_COMPILE="0",  # its files do not load on CPUs (0.32): every start would compile again
     VLLM_NO_USAGE_STATS="1",
     VLLM_LOGGING_LEVEL="WARNING",
     HF_HUB_OFFLINE="1",
 )
+
+
+def _preload() -> None:
+    """Start again with the libraries that vLLM asks to have preloaded, as far as they are there."""
+    wanted = [str(p) for p in (Path(sys.prefix) / "lib" / "libiomp5.so",) if p.exists()]  # a package it brings
+    allocator = ctypes.util.find_library("tcmalloc_minimal")  # the system's, if it has one
+    wanted += [allocator] if allocator else []
+    if wanted and "LD_PRELOAD" not in os.environ:
+        os.environ["LD_PRELOAD"] = ":".join(wanted)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+
 
 from serve import serve
 
@@ -40,6 +54,7 @@ class Engine:
             **options,
             "VLLM_CPU_OMP_THREADS_BIND": "one per core",
             "compile": "default (inductor)",
+            "preloaded": [Path(p).name for p in os.environ.get("LD_PRELOAD", "").split(":") if p],
             "weights": precision,
         }
         self.params = vllm.SamplingParams
@@ -132,4 +147,5 @@ class Engine:
 
 
 if __name__ == "__main__":
+    _preload()
     serve(Engine)
