@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from serve import serve
+
 # Set before vLLM is imported, which reads them then.
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the engine in this process: no message passing in what is timed
@@ -30,9 +32,6 @@ def _preload() -> None:
     if wanted and "LD_PRELOAD" not in os.environ:
         os.environ["LD_PRELOAD"] = ":".join(wanted)
         os.execv(sys.executable, [sys.executable, *sys.argv])
-
-
-from serve import serve
 
 
 class Engine:
