@@ -73,7 +73,14 @@ def test_the_table_shows_figures_ratios_and_failures(options: measure.Options) -
         variant("vllm_cpu", 16, {}, "pip: no | such package"),
     ]
     model = measure._result(MODELS["smollm2"], variants, options, [])
-    text = markdown({"models": {"smollm2": model}})
+    model["variants"][1]["version"] = "1.2"
+    model["peaks"] = [
+        {"peaks": {"read_bandwidth": 2e10, "f32": 1e12}},
+        {"peaks": {"read_bandwidth": 3e10, "f32": 9e11}},
+    ]
+    text = markdown({"machine": {"cpu": "X"}, "commit": "abc", "rounds": {"starts": 3}, "models": {"smollm2": model}})
+    assert "commit abc" in text and "3 rounds of starts" in text and "llama.cpp 1.2." in text
+    assert "20 to 30 GB/s read, 1.00 bf16" in text
     rows = {tuple(c.strip() for c in line.split(" | ")[:2]): line for line in text.splitlines() if line.startswith("|")}
     assert "315 ± 5%" in rows["| Pelton", "bf16"] and "20 ± 0%" in rows["| Pelton", "bf16"]
     assert "105 ± 5%" in text and "failed: batch: no memory" in text  # what was measured stays

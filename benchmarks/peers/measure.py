@@ -214,12 +214,12 @@ def _measure_group(group: list[Variant], model: Model, options: Options, say: Ca
     single = [w for w in options.workloads if w.sequences == 1]
     try:
         for round_ in range(options.cold_rounds + 1):  # the first start packs, compiles, fills the page cache
-            for variant in group:
+            for variant in (v for v in group if not v.failure):
                 say(f"{variant.name}: start {round_}/{options.cold_rounds}")
                 _try(variant, say, partial(_start, variant, pool, measured=round_ > 0))
         for round_ in range(options.rounds):
             for load in single:
-                for variant in group:
+                for variant in (v for v in group if not v.failure):
                     say(f"{variant.name}: {load.name} tokens, round {round_ + 1}/{options.rounds}")
                     prompts = _prompts(load, vocab, round_)
                     if not _try(variant, say, partial(_one, variant, load, prompts[0], pool)):
@@ -228,7 +228,7 @@ def _measure_group(group: list[Variant], model: Model, options: Options, say: Ca
             if load.sequences == 1:
                 continue
             for round_ in range(options.batch_rounds):
-                for variant in group:
+                for variant in (v for v in group if not v.failure):
                     say(f"{variant.name}: {load.name}, round {round_ + 1}/{options.batch_rounds}")
                     prompts = _prompts(load, vocab, round_)
                     if not _try(variant, say, partial(_batch, variant, load, prompts, pool)):

@@ -23,10 +23,33 @@ def markdown(results: Mapping[str, Any]) -> str:
         if ratios:
             parts.append("How many times as fast Pelton is with the same weight bits (median of the rounds' ratios):\n")
             parts.append(ratios)
+        parts.append(_circumstances(results, model))
         notes = [f"- {v['title']} {v['precision']}: {v['note']}" for v in model["variants"] if v.get("note")]
         if notes:
             parts.append("\n".join(notes) + "\n")
     return "\n".join(parts)
+
+
+def _circumstances(results: Mapping[str, Any], model: Mapping[str, Any]) -> str:
+    """Where, when, with which versions: the lines under the tables."""
+    machine, rounds = results.get("machine", {}), results.get("rounds", {})
+    lines = []
+    if machine:
+        lines.append(
+            f"{machine.get('cpu', 'CPU')} ({machine.get('isa', '?')}), {results.get('threads')} threads, commit "
+            f"{results.get('commit')}{' with changes' if results.get('uncommitted_changes') else ''}, "
+            f"{results.get('date')}; medians ± half the range of "
+            + ", ".join(f"{count} rounds of {what}" for what, count in rounds.items())
+            + "."
+        )
+    if model.get("peaks"):
+        low, high = (f(p["peaks"]["read_bandwidth"] for p in model["peaks"]) / 1e9 for f in (min, max))
+        flops = max(p["peaks"].get("bf16", p["peaks"]["f32"]) for p in model["peaks"]) / 1e12
+        lines.append(f"Peaks measured in between: {low:.0f} to {high:.0f} GB/s read, {flops:.2f} bf16 TFLOP/s.")
+    versions = {v["title"]: v["version"] for v in model["variants"] if v["version"] and v["peer"] != "pelton"}
+    if versions:
+        lines.append("Versions: " + "; ".join(f"{title} {version}" for title, version in versions.items()) + ".")
+    return "\n".join(lines) + "\n" if lines else ""
 
 
 def columns(model: Mapping[str, Any]) -> list[tuple[str, str]]:
