@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -81,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     peers = [peer for name, peer in PEERS.items() if name in {"pelton", *args.peers}]
     begin = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # workers that wait are stopped: they must be ended
     if os.getloadavg()[0] > 0.5 and not args.quick:
         print(f"warning: the load is {os.getloadavg()[0]:.1f} before the first engine starts: figures will be low",
               file=sys.stderr)  # fmt: skip
