@@ -20,7 +20,7 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """A process with its own session, so that it can be paused and ended with everything it started.
+    """A process that can be paused and ended with everything it started.
 
     Raises (in every call):
         WorkerError: see there. The worker is closed then.
@@ -122,7 +122,7 @@ class Worker:
         self.kill()
 
     def kill(self) -> None:
-        """End the session. Idempotent."""
+        """End it and everything it started. Idempotent."""
         self._signal(signal.SIGKILL)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
