@@ -20,9 +20,9 @@ from tests.helpers.families import BLOCK, backends, spec
 TEXT = Path(__file__).parent / "data" / "alice.txt"
 CHUNK = 256
 
-#: The greedy answer of SmolLM2-135M-Instruct (Q4_1) to "What is the capital of France?". transformers
+#: The greedy answer of SmolLM2-135M-Instruct (Q4_1) to "Name the capital of France.". transformers
 #: on the dequantized weights gives the same tokens (test below).
-QUESTION = "What is the capital of France?"
+QUESTION = "Name the capital of France."
 GOLDEN = "The capital of France is Paris."
 
 

@@ -57,7 +57,7 @@ static void stress_executor(int threads, int steps) {
         executor.add_call("add", {{"arena", 0, size}, {"arena", 0, 0}, {"arena", 0, 0}},
                           {0, kCols, kCols, kCols, kCols}, {});
         executor.add_call("linear", {{"arena", 0, 2 * size}, {"arena", 0, size}, {"const", 0, 0}, {"none", 0, 0}},
-                          {0, kCols, kCols, kCols, kCols, 0, 0, 0, 0, 0, 0}, {});
+                          {0, kCols, kCols, kCols, kCols, 0, 0, 0, 0, 0, 0, 0, 0, 0}, {});
         executor.add_call("scale", {{"arena", 0, 0}, {"arena", 0, 2 * size}}, {0, kCols, kCols, kCols}, {0.5});
     }
     float* x = reinterpret_cast<float*>(executor.arena()->data());

@@ -23,7 +23,8 @@ def dump_graph(
     Stages, in order:
       trace                as recorded, with the checkpoint's types
       last_token_logits    logits only where a token is sampled
-      merge_linears        q, k, v and gate, up as one product each
+      fuse_gated_linear    gate, up and the activation between them as one product
+      merge_linears        q, k and v as one product
       fuse_add_norm        residual addition and norm in one call
       fuse_rope_kv_write   rotary embedding and cache write in one call
       simplify             leftovers removed

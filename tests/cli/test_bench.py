@@ -42,7 +42,7 @@ def test_kernels_prints_tables_and_writes_rows(pelton, tmp_path):
     assert {row["op"] for row in rows} == {"linear", "rms_norm", "attention_decode"}
     for part in ("tiny  linear gate_up  192 × 64", "roof", "int4g32:f16 hot", "tiny  attention_decode", "1 thread"):
         assert part in result.stdout
-    assert "skipped tiny qkv int4g128m:f16" in result.stderr  # 64 columns are no group of 128
+    assert "skipped tiny qkv int4g128z:f16" in result.stderr  # 64 columns are no group of 128
     lines = [line for line in result.stdout.splitlines() if "%" in line]
     assert len(lines) == len(rows)
 

@@ -106,7 +106,7 @@ def test_doctor_as_json_has_stable_keys(pelton, monkeypatch):
     result = json.loads(pelton("doctor", "--json", "--threads", 1).stdout)
     assert set(result) == {
         "python", "system", "cpu", "threads", "available_memory", "isas", "isa", "isa_chosen_by", "peaks", "kernels",
-        "cache", "cache_bytes", "missing",
+        "cache", "cache_bytes", "missing", "assumed_features",
     }  # fmt: skip
     assert result["isa"] == result["isas"][-1] and result["isas"][0] == "generic"
     assert result["isa_chosen_by"] == "default"
@@ -172,7 +172,7 @@ def test_what_build_packed_is_what_run_uses(pelton, tiny, tmp_path, monkeypatch)
 
 
 def test_run_answers_with_the_demo_model(pelton):
-    result = pelton("run", "-p", "What is the capital of France?", "--temperature", 0, "--max-tokens", 12)
+    result = pelton("run", "-p", "Name the capital of France.", "--temperature", 0, "--max-tokens", 12)
     assert result.exit_code == 0, result.stderr
     assert "Paris" in result.stdout
     assert re.fullmatch(r"TTFT .* ms · TPOT .* ms · .* tok/s · \d+ tokens · MBU \d+ %\n", result.stderr)
@@ -180,14 +180,14 @@ def test_run_answers_with_the_demo_model(pelton):
 
 @pytest.mark.parametrize("options", [("--isa", "generic"), ("--kv-cache-dtype", "f32"), ("--threads", "1")])
 def test_run_takes_the_engines_options(pelton, options):
-    result = pelton("run", "-p", "What is the capital of France?", "--temperature", 0, "--max-tokens", 8, *options)
+    result = pelton("run", "-p", "Name the capital of France.", "--temperature", 0, "--max-tokens", 8, *options)
     assert result.exit_code == 0, result.stderr
     assert "Paris" in result.stdout
 
 
 def test_generate_answers_with_the_demo_model(pelton, tmp_path):
     prompts, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    question = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    question = {"messages": [{"role": "user", "content": "Name the capital of France."}]}
     prompts.write_text(json.dumps(question) + "\n" + json.dumps({"id": "b", "prompt": "One, two, three,"}) + "\n")
     arguments = ["-i", prompts, "-o", answers, "--temperature", 0, "--max-tokens", 8, "--max-model-len", 256]
     result = pelton("generate", *arguments)

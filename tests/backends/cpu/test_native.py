@@ -59,10 +59,17 @@ BAD_CALLS: list[tuple[str, list[Any], list[int], list[float], str]] = [
     ("rms_norm", [arena(0), arena(1), ("const", 0, 0)], [0, 8, 3, 8, 8], [0, 0], "chunk"),
     ("rms_norm", [arena(0), arena(1), ("const", 0, 0)], [0, 64, 64, 64, 64], [0, 0], "weight"),
     ("rms_norm", [arena(0), arena(1), ("const", 7, 0)], [0, 8, 8, 8, 8], [0, 0], "no such index"),
-    ("linear", [arena(0), arena(1), ("const", 0, 0), NONE], [0, 8, 8, 8, 8, 0, 0, 0, 0, 0, 0], [], "too small"),
-    ("linear", [arena(0), arena(1), ("const", 0, 0), NONE], [0, 8, 8, 8, 8, 2, 4, 12, 0, 0, 8], [], "multiple of 8"),
-    ("linear", [arena(0), arena(1), ("const", 0, 0), NONE], [0, 8, 8, 8, 8, 2, 5, 8, 0, 0, 8], [], "bits_stored"),
-    ("linear", [arena(0), arena(1), ("const", 0, 0), NONE], [0, 8, 12, 8, 8, 2, 4, 8, 0, 0, 8], [], "group_size"),
+    ("linear", [arena(0), arena(1), ("const", 0, 0), NONE], [0, 8, 8, 8, 8, *[0] * 9], [], "too small"),
+    ("linear", [arena(0), arena(1), ("const", 0, 0), NONE], [0, 8, 24, 8, 24, 2, 0, 12, *[0] * 6], [], "multiple of 8"),
+    ("linear", [arena(0), arena(1), ("const", 0, 0), NONE], [0, 8, 8, 8, 8, 2, 7, 8, *[0] * 6], [], "codes must be"),
+    ("linear", [arena(0), arena(1), ("const", 0, 0), NONE], [0, 8, 12, 8, 8, 2, 1, 8, *[0] * 6], [], "group_size"),
+    ("linear", [arena(0), arena(1), ("const", 0, 0), NONE], [0, 8, 48, 8, 48, 2, 2, 16, *[0] * 6], [], "unit of codes, 32"),
+    ("linear", [arena(0), arena(1), ("const", 0, 0), NONE], [0, 8, 32, 8, 8, 2, 1, 8, 7, *[0] * 5], [], "scale_format"),
+    ("linear", [arena(0), arena(1), ("const", 0, 0), NONE], [0, 8, 32, 8, 8, 2, 1, 8, 0, 3, 0, 0, 0, 0], [], "zeros"),
+    ("linear", [arena(0), arena(1), ("const", 0, 0), NONE], [0, 8, 32, 8, 8, 2, 1, 8, 0, 0, 12, 0, 0, 0], [], "outer"),
+    ("linear", [arena(0), arena(1), ("const", 0, 0), NONE], [0, 8, 32, 8, 8, 2, 1, 8, 0, 0, 0, 0, 1, 0], [], "no int8"),
+    ("linear", [arena(0), arena(1), ("const", 0, 0), NONE], [0, 8, 8, 8, 8, *[0] * 8, 1], [], "multiple of 64"),
+    ("linear", [arena(0), arena(1), ("const", 0, 0), NONE], [0, 64, 8, 8, 8, *[0] * 8, 5], [], "epilogue"),
     ("embedding", [arena(0), ("const", 0, 0), ("input", 0, 0)], [0, 8, 8, 99, 0, 0, 0, 0, 0, 0], [], "too small"),
     ("embedding", [arena(0), ("const", 0, 0), ("input", 999, 0)], [0, 8, 8, 1, 0, 0, 0, 0, 0, 0], [], "input slot"),
     ("rope", [arena(0), arena(1), ("const", 0, 0), ("input", 0, 0)], [0, 1, 8, 7, 8, 8, 0, 1], [], "rot_dim"),
@@ -154,7 +161,7 @@ def test_constants_are_referenced_not_copied() -> None:
     bias = np.zeros(8, np.float32)
     weight = run.const(np.zeros((8, 64), np.float32))
     run.call("linear", [run.place("out", 1, 8), run.put("x", np.ones((1, 8))), weight, run.const(bias)],
-             [0, 8, 8, 8, 8, 0, 0, 0, 0, 0, 0])  # fmt: skip
+             [0, 8, 8, 8, 8, *[0] * 9])  # fmt: skip
     frozen = np.ones(4, np.uint8)
     frozen.flags.writeable = False
     run.executor.add_constant(frozen)

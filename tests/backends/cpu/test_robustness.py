@@ -57,7 +57,7 @@ executor = native.Executor("generic", int(sys.argv[2]), 2 * 64 * K * 4)
 executor.add_constant(np.ones(K * K, np.float32).view(np.uint8))
 for _ in range(6):
     executor.add_call("linear", [("arena", 0, 64 * K * 4), ("arena", 0, 0), ("const", 0, 0), NONE],
-                      [0, K, K, K, K, 0, 0, 0, 0, 0, 0], [])
+                      [0, K, K, K, K, *[0] * 9], [])
 executor.arena(0, 64, K, K)[:] = 1
 out = executor.arena(64 * K * 4, 64, K, K)
 seconds = []
@@ -80,7 +80,7 @@ import resource
 executor = native.Executor("generic", 2, 1 << 20)
 executor.add_constant(np.zeros(64 * 64 * 8, np.uint8))
 executor.add_call("linear", [("arena", 0, 0), ("arena", 0, 1 << 19), ("const", 0, 0), NONE],
-                  [0, 64, 64, 64, 64, 2, 8, 64, 0, 1, 0], [])
+                  [0, 64, 64, 64, 64, 2, 0, 64, *[0] * 6], [])
 limit_memory(20000)
 try:
     executor.run((1, 0, 0), [])
@@ -111,7 +111,7 @@ native.Executor("generic", 2, 4096).run((0, 0, 0), [])
 LARGEST = 2**31 - 1
 WRAPPING_CALLS: list[tuple[str, list[Any], list[int], str]] = [
     ("linear", [("arena", 0, 0), ("arena", 0, 0), ("const", 0, 0), NONE],
-     [0, 2**31 - 64, LARGEST, LARGEST, LARGEST, 0, 0, 0, 0, 0, 0], "packed weight"),
+     [0, 2**31 - 64, LARGEST, LARGEST, LARGEST, *[0] * 9], "packed weight"),
     ("embedding", [("arena", 0, 0), ("const", 0, 0), ("input", 0, 0)],
      [0, LARGEST, LARGEST, LARGEST, 0, 0, 0, 0, 0, 0], "table"),
     ("kv_write", [("cache", 0, 0), ("arena", 0, 0), ("arena", 0, 0), ("input", 0, 0)],
