@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo install test test-aarch64 test-amx check lint format types bench sanitize clean
+.PHONY: help demo install test test-aarch64 test-amx check lint format types bench bench-quality sanitize clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -60,6 +60,10 @@ sanitize: $(VENV)/.test ## Kernel tests under the address, undefined-behaviour a
 
 bench: $(VENV)/.test ## Pelton beside transformers, interleaved; writes benchmarks/results/
 	$(BIN)/python -m benchmarks.transformers_side_by_side
+
+bench-quality: $(VENV)/.test ## KL divergence and perplexity of weight types, beside llama.cpp; minutes
+	$(BIN)/pip install -q llama-cpp-python
+	$(BIN)/python -m benchmarks.quality
 
 clean: ## Remove what the other commands made
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis pelton/backends/cpu/_native*.so

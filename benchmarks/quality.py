@@ -9,9 +9,10 @@ Its width is also padded with zeros from 576 to 768 (3 more heads), which again 
 need rows of whole 256s. The model as shipped is measured as well. All files keep embedding and output
 layer in Q8_0, as ``--quantization`` keeps the latter in int8: what differs is the type of the layers.
 
-Pelton and llama.cpp read the same files and tokens, one sequence, KV cache in f32. Three kinds of activations in
-Pelton: f32 (on the tier "avx512", which has no bf16 products), float (as --activations float on the best tier)
-and int8. Writes benchmarks/results/quality-<machine>.json and prints a Markdown table.
+Pelton and llama.cpp read the same files and tokens, one sequence, KV cache in f32. Kinds of activations in Pelton:
+f32 (on the tier "avx512", which has no bf16 products), then --activations float, int8 and auto on the best tier.
+auto is measured for types on load only: GGUF files as written here get int8.
+Writes benchmarks/results/quality-<machine>.json and prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Divergence:
     """Of a model's predictions from another's, over the positions of a text; in nats."""
 
     mean: float
+    error: float  # of the mean: standard deviation over the root of positions
     p99: float
     same_top: float  # share of positions whose most likely token is the same
 
@@ -80,7 +82,8 @@ def divergence(want: Floats, got: Floats) -> Divergence:
         parts.append((np.exp(p) * (p - q)).sum(axis=1))
     each = np.concatenate(parts)
     same = (want.argmax(axis=1) == got.argmax(axis=1)).mean()
-    return Divergence(float(each.mean()), float(np.quantile(each, 0.99)), float(same))
+    error = each.std() / np.sqrt(len(each))
+    return Divergence(float(each.mean()), float(error), float(np.quantile(each, 0.99)), float(same))
 
 
 def perplexity(logits: Floats, tokens: list[int]) -> float:
@@ -278,7 +281,8 @@ class Run:
         type, bits = layer_type(path, options.get("quantization"))
         exact: Floats | None = None
         plain: Floats | None = None
-        for kind in KINDS:
+        # Where the output layer has another type than the others, auto may be neither of the other kinds.
+        for kind in (*KINDS, "auto") if "quantization" in options else KINDS:
             if kind == "int8" and (name == "BF16" or type.startswith("fp8")):
                 continue
             logits = pelton_logits(path, self.tokens, self.threads, **options, **pelton_kind(kind))
@@ -287,7 +291,7 @@ class Run:
                 more["from_f32_activations"] = asdict(divergence(exact, logits))
             if plain is not None:
                 more["from_float_activations"] = asdict(divergence(plain, logits))
-            exact, plain = (logits, None) if kind == "f32" else (exact, logits)
+            exact, plain = logits if kind == "f32" else exact, logits if kind == "float" else plain
             self.add(model, name, "pelton", kind, logits, **more)
 
     def llama_cpp(self, model: str, name: str, path: Path) -> None:
@@ -326,19 +330,20 @@ def measure(run: Run, types: list[str], folder: Path) -> None:
 
 
 def markdown(rows: list[dict[str, Any]], model: str) -> str:
-    """A row per type: KL by kind of activations, and of llama.cpp."""
+    """A row per type: KL by kind of activations; with those that auto chooses also the other figures; llama.cpp."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         if row["model"] == model:
             found.setdefault(row["type"], {})[row["activations"]] = row
     lines = [
-        "| weights | type | bits | KL, f32 | float | int8 | 99 %, int8 | same top | int8 beside float | perplexity | "
+        "| weights | type | bits | KL: f32 | float | int8 | auto | 99 % | same top | beside float | perplexity | "
         "llama.cpp: KL | perplexity |",
-        "|---" * 12 + "|",
+        "|---" * 13 + "|",
     ]
     order = sorted(found.items(), key=lambda item: next((r["bits"] for r in item[1].values() if "bits" in r), 32.0))
     for name, kinds in reversed(order):
-        some: Mapping[str, Any] = kinds.get("int8") or kinds.get("float") or kinds["f32"]
+        chosen = next(k for k in ("auto", "int8", "float", "f32") if k in kinds)
+        some = kinds[chosen]
 
         def kl(kind: str, kinds: dict[str, Mapping[str, Any]] = kinds) -> str:
             return f"{kinds[kind]['kl']['mean']:.4f}" if kind in kinds else "-"
@@ -347,8 +352,8 @@ def markdown(rows: list[dict[str, Any]], model: str) -> str:
         theirs = f"{kinds['own']['perplexity']:.2f}" if "own" in kinds else "-"
         cells = [
             name, f"`{some.get('weights', 'f32')}`", f"{some.get('bits', 32):.2f}", kl("f32"), kl("float"), kl("int8"),
-            f"{some['kl']['p99']:.3f}", f"{100 * some['kl']['same_top']:.1f} %", beside, f"{some['perplexity']:.2f}",
-            kl("own"), theirs,
+            kl(chosen), f"{some['kl']['p99']:.3f}", f"{100 * some['kl']['same_top']:.1f} %", beside,
+            f"{some['perplexity']:.2f}", kl("own"), theirs,
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
