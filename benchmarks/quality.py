@@ -1,6 +1,7 @@
 """KL divergence to float32 and perplexity of every kind of quantized weight, beside llama.cpp's.
 
-    python -m benchmarks.quality [--tokens 512] [--types int4 Q4_K ...]        needs llama-cpp-python and gguf
+    python -m benchmarks.quality [--tokens 512] [--types int4 Q4_K ...]        needs llama-cpp-python
+    python -m benchmarks.quality --groups        what sharing a scale among more weights and activations costs
 
 The model is SmolLM2-135M-Instruct, from its Q4_1 file, since no original is at hand. Its weights lie on a grid of
 4 bits, which a 4-bit type might find again. So the base model is *shuffled*: channels of the residual stream, of
@@ -31,6 +32,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
@@ -329,31 +331,53 @@ def measure(run: Run, types: list[str], folder: Path) -> None:
         base.unlink()
 
 
+def measure_groups(run: Run, folder: Path) -> None:
+    """Types that no choice of --quantization names, with float and int8 activations."""
+    from pelton.graph import F16, F32, GroupQuant
+    from pelton.quantize import recipes
+
+    base = folder / "shuffled-f32.gguf"
+    write_base(base, shuffle=True, pad=True)
+    run.f32 = pelton_logits(base, run.tokens, run.threads, dtype="f32")
+    bytes_in_32s = GroupQuant(8, 32, scale=F16)
+    sizes = [(8, 16), (8, 32), (8, 64), (8, 128), (8, 256), (8, 0), (4, 16), (4, 32), (4, 64), (4, 128), (4, 0)]
+    types = [GroupQuant(bits, group, scale=F16 if group else F32) for bits, group in sizes]
+    for type in [*types, GroupQuant(4, 32, minimum=True, scale=F16), GroupQuant(4, 64, minimum=True, scale=F16)]:
+        head = type if type.bits == 8 else bytes_in_32s
+        with patch.dict(recipes._RECIPES, int8=type), patch.object(recipes, "_INT8", head):
+            options: dict[str, Any] = {"dtype": "f32", "quantization": "int8", "packed_cache": False}
+            plain, ints = (
+                pelton_logits(base, run.tokens, run.threads, activations=kind, **options) for kind in ("float", "int8")
+            )
+        more: dict[str, Any] = {"bits": type.bits_per_weight, "output_layer": str(head)}
+        run.add("shuffled", str(type), "pelton", "float", plain, **more)
+        more["from_float_activations"] = asdict(divergence(plain, ints))
+        run.add("shuffled", str(type), "pelton", "int8", ints, **more)
+
+
 def markdown(rows: list[dict[str, Any]], model: str) -> str:
-    """A row per type: KL by kind of activations; with those that auto chooses also the other figures; llama.cpp."""
+    """A row per type. The last figures of Pelton are those with the activations that auto chooses."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
         if row["model"] == model:
             found.setdefault(row["type"], {})[row["activations"]] = row
     lines = [
-        "| weights | type | bits | KL: f32 | float | int8 | auto | 99 % | same top | beside float | perplexity | "
+        "| weights | type | bits | KL, float | int8 | int8 beside float | auto | 99 % | same top | perplexity | "
         "llama.cpp: KL | perplexity |",
-        "|---" * 13 + "|",
+        "|---" * 12 + "|",
     ]
     order = sorted(found.items(), key=lambda item: next((r["bits"] for r in item[1].values() if "bits" in r), 32.0))
     for name, kinds in reversed(order):
-        chosen = next(k for k in ("auto", "int8", "float", "f32") if k in kinds)
-        some = kinds[chosen]
-
-        def kl(kind: str, kinds: dict[str, Mapping[str, Any]] = kinds) -> str:
-            return f"{kinds[kind]['kl']['mean']:.4f}" if kind in kinds else "-"
-
-        beside = f"{some['from_float_activations']['mean']:.4f}" if "from_float_activations" in some else "-"
-        theirs = f"{kinds['own']['perplexity']:.2f}" if "own" in kinds else "-"
+        some = kinds[next(k for k in ("auto", "int8", "float", "f32") if k in kinds)]
+        int8, own = kinds.get("int8"), kinds.get("own")
+        beside = f"{int8['from_float_activations']['mean']:.4f}" if int8 else ""
+        plain = kinds.get("float", kinds["f32"])
         cells = [
-            name, f"`{some.get('weights', 'f32')}`", f"{some.get('bits', 32):.2f}", kl("f32"), kl("float"), kl("int8"),
-            kl(chosen), f"{some['kl']['p99']:.3f}", f"{100 * some['kl']['same_top']:.1f} %", beside,
-            f"{some['perplexity']:.2f}", kl("own"), theirs,
+            name, f"`{some.get('weights', 'f32')}`", f"{some.get('bits', 32):.1f}", f"{plain['kl']['mean']:.4f}",
+            f"{int8['kl']['mean']:.4f}" if int8 else "", beside, f"{some['kl']['mean']:.4f}",
+            f"{some['kl']['p99']:.3f}", f"{100 * some['kl']['same_top']:.1f} %",
+            f"{some['perplexity']:.2f}", f"{own['kl']['mean']:.4f}" if own else "",
+            f"{own['perplexity']:.2f}" if own else "",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -363,6 +387,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = [*GGUF_TYPES, *ON_LOAD]
     parser.add_argument("--types", nargs="+", choices=every, default=every, metavar="TYPE", help=", ".join(every))
+    parser.add_argument("--groups", action="store_true", help="measure sizes of groups instead")
     parser.add_argument("--tokens", type=int, default=512, help="of the text's start; at most 4,091")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/quality-<machine>.json")
@@ -378,12 +403,15 @@ def main() -> None:
     built = build(EngineConfig(max_num_seqs=1, max_model_len=64))
     tokens = built.tokenizer.encode(TEXT.read_text(encoding="utf-8"))[: args.tokens]
     built.close()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     run = Run(tokens, args.threads)
     with tempfile.TemporaryDirectory() as folder:
         # Packed weights of base models are used for several kinds of activations, and by nobody after that.
         os.environ["PELTON_CACHE"] = f"{folder}/cache"
-        measure(run, args.types, Path(folder))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+        if args.groups:
+            measure_groups(run, Path(folder))
+        else:
+            measure(run, args.types, Path(folder))
     cpu = _native.cpu_features().get("model_name")
     results = {
         "command": "python -m " + " ".join(["benchmarks.quality", *sys.argv[1:]]),
@@ -400,10 +428,10 @@ def main() -> None:
         "rows": run.rows,
     }
     machine = str(cpu).lower().replace(" ", "-")
-    output = args.output or RESULTS / f"quality-{machine}.json"
+    output = args.output or RESULTS / f"quality-{'groups-' * args.groups}{machine}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=1) + "\n")
-    for model in ("shuffled", "shipped"):
+    for model in () if args.groups else ("shuffled", "shipped"):
         print(f"\n{model}\n\n{markdown(run.rows, model)}")
     print(output)
 
