@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo install test test-aarch64 test-amx check lint format types bench bench-peers sanitize clean
+.PHONY: help demo install test test-aarch64 test-amx check lint format types bench bench-peers bench-quality sanitize clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -63,6 +63,10 @@ bench: $(VENV)/.test ## Pelton beside transformers, interleaved; writes benchmar
 
 bench-peers: $(VENV)/.test ## Pelton beside llama.cpp, OpenVINO, vLLM and others, each in its own environment
 	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+bench-quality: $(VENV)/.test ## KL divergence and perplexity of weight types, beside llama.cpp; minutes
+	$(BIN)/pip install -q llama-cpp-python
+	$(BIN)/python -m benchmarks.quality
 
 clean: ## Remove what the other commands made
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis pelton/backends/cpu/_native*.so

@@ -68,7 +68,7 @@ activations = click.option(
     type=click.Choice(["auto", "float", "int8"]),
     default="auto",
     help="What quantized weights are multiplied with: activations rounded to int8 per group, which is fastest, or "
-    "floats. auto: int8 where that changes nothing that counts (docs/quantization.md has figures).",
+    "floats. auto: int8 where that adds little to the weights' own error (docs/quantization.md has figures).",
 )
 device = click.option(
     "--device",

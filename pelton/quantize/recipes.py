@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from ..graph.types import E4M3, F16, ROW, GroupQuant
 
-_INT8 = GroupQuant(8, ROW)
+#: Groups, so that int8 activations share their scales among few: one per row would cost more than the weights do.
+_INT8 = GroupQuant(8, 32, scale=F16)
+_CHANNEL = GroupQuant(8, ROW)
 
 #: choice -> type of the layers' weights. The output layer is int8 in all of them, see docs/quantization.md.
 _RECIPES: dict[str, GroupQuant] = {
@@ -28,7 +30,7 @@ def weight_type(quantization: str, *, head: bool = False) -> GroupQuant:
 def fitting(type: GroupQuant, cols: int) -> GroupQuant:
     """``type``, or what comes closest to it for rows of ``cols`` that are no whole groups.
 
-    Integers get the largest smaller group that divides the row, anything else becomes int8 per channel.
+    Integers get the largest smaller group that divides the row, anything else becomes int8, per channel where need be.
     """
     size = type.group_size
     if not size or cols % size == 0:
@@ -37,4 +39,4 @@ def fitting(type: GroupQuant, cols: int) -> GroupQuant:
         if cols % size == 0:
             return replace(type, group_size=size)
         size //= 2
-    return _INT8
+    return _CHANNEL if type == _INT8 else fitting(_INT8, cols)

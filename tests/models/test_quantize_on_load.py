@@ -91,7 +91,7 @@ def test_a_tied_table_keeps_its_type_and_only_the_product_is_quantized() -> None
     folder, _ = tiny_checkpoint("llama", "bfloat16")
     graph = bound_graph(EngineConfig(str(folder), quantization="int4"), open_checkpoint(folder))
     types = [str(w.tensor.dtype) for w in graph.leaves("weight") if w.name == "model.embed_tokens.weight"]
-    assert sorted(types) == ["bf16", "int8g0:f32"]
+    assert sorted(types) == ["bf16", "int8g16:f16"]
 
 
 def test_the_cache_is_bf16_and_dtype_is_that_of_the_rest() -> None:
@@ -112,7 +112,7 @@ def test_rows_that_are_no_whole_groups_are_named() -> None:
         "rows of 48 are no whole groups of 32: layers with such inputs run as int4g16m:f16",
         "rows of 80 are no whole groups of 32: layers with such inputs run as int4g16m:f16",
     )
-    assert not plan(EngineConfig(str(folder), device="reference", quantization="int8")).notes
+    assert not plan(EngineConfig(str(folder), device="reference", quantization="fp8")).notes
 
 
 def test_a_quantized_checkpoint_is_not_quantized_again() -> None:
@@ -140,10 +140,10 @@ def test_inspect_shows_what_weights_run_as(pelton: Any) -> None:
     if not kernels_run(GroupQuant(8, 0)):
         pytest.skip("no kernel for the type in this build")
     result = json.loads(pelton("inspect", folder, "--quantization", "int8", "--json").stdout)
-    assert set(result["runs_as"]) == {"f32", "int8g0:f32"}
+    assert set(result["runs_as"]) == {"f32", "int8g16:f16"}
     assert sum(result["parameters"].values()) < sum(result["runs_as"].values())  # the tied weight runs twice
     text = pelton("inspect", folder, "--quantization", "int8").stdout
-    assert "they run as" in text and "int8g0:f32" in text
+    assert "they run as" in text and "int8g16:f16" in text
 
 
 def test_dump_graph_and_run_take_the_option(pelton: Any) -> None:

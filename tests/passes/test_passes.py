@@ -328,7 +328,7 @@ def test_bind_types_quantizes_products_and_leaves_tables_norms_and_biases() -> N
         %u = weight(name='u') : int4g32m:f16[64, 32]
         %up = permute_rows(%u; order=(1, 0), shape=(32, 2)) : int4g32m:f16[64, 32]
         %v = linear(%z, %up) : f32[T, 64]
-        %q = weight(name='t') : int8g0:f32[96, 64]
+        %q = weight(name='t') : int8g32:f16[96, 64]
         %h = linear(%v, %q) : f32[T, 96]
         %c = softcap(%h; cap=3.0) : f32[T, 96]
         return %c

@@ -170,7 +170,7 @@ def test_types_without_a_quantizer_say_so(type):
     [
         ("int8", 33, "int8g0:f32"), ("int4", 96, "int4g32m:f16"), ("int4", 48, "int4g16m:f16"),
         ("int4", 40, "int4g8m:f16"), ("int4", 36, "int8g0:f32"), ("nvfp4", 48, "fp4g16:e4m3/0"),
-        ("nvfp4", 40, "int8g0:f32"), ("fp8", 7, "fp8g0:f32"),
+        ("nvfp4", 40, "int8g8:f16"), ("fp8", 7, "fp8g0:f32"),
     ],
 )  # fmt: skip
 def test_rows_that_are_no_whole_groups_get_the_next_best_type(name, cols, expected):
@@ -179,4 +179,4 @@ def test_rows_that_are_no_whole_groups_get_the_next_best_type(name, cols, expect
 
 def test_outlines_of_the_recipes():
     assert weight_type("nvfp4") == GroupQuant(4, 16, scale=E4M3, floating=True, outer=ROW)
-    assert {weight_type(name, head=True) for name in QUANTIZATIONS} == {GroupQuant(8, ROW, scale=F32)}
+    assert {weight_type(name, head=True) for name in QUANTIZATIONS} == {GroupQuant(8, 32, scale=F16)}

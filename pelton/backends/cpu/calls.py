@@ -26,20 +26,20 @@ class NativeCall:
     floats: list[float] = field(default_factory=list)
 
 
-def native_calls(program: Program, block_size: int, num_blocks: int, int8_activations: bool) -> list[NativeCall]:
+def native_calls(program: Program, block_size: int, num_blocks: int, activations: str) -> list[NativeCall]:
     """One native call per program call, in order.
 
-    block_size, num_blocks: the shape of every KV cache. int8_activations: quantized weights are multiplied
-    with int8 activations where their codes are integers.
+    block_size, num_blocks: the shape of every KV cache. activations: ``EngineConfig.activations``, "float" where a
+    tier has no int8 products.
     """
     shape = (block_size, num_blocks)
-    return [_Translator(program, shape, int8_activations, call).translate() for call in program.calls]
+    return [_Translator(program, shape, activations, call).translate() for call in program.calls]
 
 
 class _Translator:
-    def __init__(self, program: Program, cache_shape: tuple[int, int], int8_activations: bool, call: Call) -> None:
+    def __init__(self, program: Program, cache_shape: tuple[int, int], activations: str, call: Call) -> None:
         self.program, self.cache_shape, self.call = program, cache_shape, call
-        self.int8_activations = int8_activations
+        self.activations = activations
         self.rows = _DIMS[program.rows_of(call)]
         self.params = call.params
 
@@ -82,7 +82,7 @@ class _Translator:
     def _linear(self, out: View, x: View, w: ConstantRef, bias: Operand | None = None, epilogue: int = 0) -> Any:
         n, k = self.constant_shape(w)
         dtype = self.constant_type(w).dtype
-        activations = INT8 if self.int8_activations and int8_activations(dtype) else FLOATS
+        activations = INT8 if int8_activations(dtype, self.activations) else FLOATS
         packing = linear_packing(dtype).ints(activations)
         return [self.rows, n, k, self.ld(out), self.ld(x), *packing, epilogue], [], (out, x, w, bias)
 

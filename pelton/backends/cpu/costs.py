@@ -31,15 +31,15 @@ class CallCost:
         return CallStats(self.call.name, self.call.kernel, seconds, flops, streamed, activations, self.precision)
 
 
-def call_costs(program: Program, packed_bytes: Sequence[int], isa: str, int8: bool) -> list[CallCost]:
+def call_costs(program: Program, packed_bytes: Sequence[int], isa: str, activations: str) -> list[CallCost]:
     """The cost of every call of a program, in order.
 
-    packed_bytes: the size of each constant. int8: integer codes meet int8 activations.
+    packed_bytes: the size of each constant. activations: as for ``native_calls``.
     """
-    return [_cost(program, packed_bytes, call, isa, int8) for call in program.calls]
+    return [_cost(program, packed_bytes, call, isa, activations) for call in program.calls]
 
 
-def _cost(program: Program, packed_bytes: Sequence[int], call: Call, isa: str, int8: bool) -> CallCost:
+def _cost(program: Program, packed_bytes: Sequence[int], call: Call, isa: str, choice: str) -> CallCost:
     streamed = [{name: factor for name, factor in call.bytes.items() if name.startswith("read/")}]
     activations = [{name: factor for name, factor in call.bytes.items() if name in ("T", "S", "N")}]
     for operand in call.operands:
@@ -53,10 +53,10 @@ def _cost(program: Program, packed_bytes: Sequence[int], call: Call, isa: str, i
             activations.append({rows: -element_bytes(table) * int(table.shape[1])})
         elif constant.expr is not None:
             streamed.append({"1": float(packed_bytes[operand.index])})
-    return CallCost(call, call.flops, total(streamed), total(activations), _precision(program, call, isa, int8))
+    return CallCost(call, call.flops, total(streamed), total(activations), _precision(program, call, isa, choice))
 
 
-def _precision(program: Program, call: Call, isa: str, int8: bool) -> str:
+def _precision(program: Program, call: Call, isa: str, choice: str) -> str:
     """The precision that the call's products are made in: which peak it is measured against."""
     bf16 = "bf16" if isa in _BF16_TIERS else "f32"
     if call.kernel in ("linear", "gated_linear"):
@@ -64,7 +64,7 @@ def _precision(program: Program, call: Call, isa: str, int8: bool) -> str:
         assert isinstance(weight, ConstantRef)
         expr = program.constants[weight.index].expr
         assert expr is not None
-        if int8 and int8_activations(expr.tensor.dtype):
+        if int8_activations(expr.tensor.dtype, choice):
             return "int8"
         return "f32" if expr.tensor.dtype in (F32, F16) else bf16
     if call.kernel == "attention":

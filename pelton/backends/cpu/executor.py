@@ -86,8 +86,8 @@ class CpuExecutor(HostExecutor):
     read: yields a checkpoint tensor by name. content_key: identifies the checkpoint's content for the
     packed-weight cache, None to keep packed weights in memory only. on_packed(bytes) reports progress
     while packing. Activations are float32 between products. Next to quantized weights they become int8 with
-    a scale per group, unless ``activations`` is "float" or the ISA has no int8 products; next to other weights
-    than float32 they are rounded to bf16 where the ISA has products of pairs.
+    a scale per group where ``activations`` says so (see ``packing.int8_activations``) and the ISA has int8 products;
+    next to other weights than float32 they are rounded to bf16 where the ISA has products of pairs.
     """
 
     def __init__(
@@ -119,8 +119,8 @@ class CpuExecutor(HostExecutor):
             self._native.add_cache(
                 _native.cache_bytes(cache.num_kv_heads, cache.head_dim, kv_spec.block_size, kv_spec.num_blocks, format)
             )
-        self._int8 = activations != "float" and _native.has_int8_products(isa)
-        for call in native_calls(program, kv_spec.block_size, kv_spec.num_blocks, self._int8):
+        self._activations = activations if _native.has_int8_products(isa) else "float"
+        for call in native_calls(program, kv_spec.block_size, kv_spec.num_blocks, self._activations):
             self._native.add_call(call.kernel, call.operands, call.ints, call.floats)
 
     def _pack(
@@ -168,7 +168,9 @@ class CpuExecutor(HostExecutor):
     @cached_property
     def costs(self) -> list[CallCost]:
         """What each call costs, in order."""
-        return call_costs(self.program, [constant_bytes(c) for c in self.program.constants], self._isa, self._int8)
+        return call_costs(
+            self.program, [constant_bytes(c) for c in self.program.constants], self._isa, self._activations
+        )
 
     def profile(self, batch: Batch) -> StepProfile:
         """Run a step without sampling from it and measure each call, with a barrier after it."""

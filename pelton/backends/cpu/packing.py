@@ -41,6 +41,8 @@ SCALE_FORMATS = {scale: i for i, scale in enumerate((F32, F16, BF16, U8, I8, E4M
 FLOATS, INT8 = range(2)
 #: ``format`` of an embedding call.
 ROWS_F32, ROWS_BF16, ROWS_F16, ROWS_QUANTIZED = range(4)
+#: Groups up to which "auto" makes activations int8: one outlier takes digits from all that share its scale.
+_AUTO_GROUP, _AUTO_GROUP_4_BITS = 32, 128
 #: The offset of FP4 codes once the kernels have made integers of them.
 _FP4_OFFSET = 12
 
@@ -114,9 +116,15 @@ def linear_packing(dtype: ElementType) -> LinearPacking:
     return LinearPacking(LINEAR_BF16 if dtype == BF16 else LINEAR_F32)
 
 
-def int8_activations(dtype: ElementType) -> bool:
-    """Whether int8 activations suit a weight type: all integers, and FP4, whose values are halves of integers."""
-    return isinstance(dtype, GroupQuant) and code_format(dtype) != FP8
+def int8_activations(dtype: ElementType, choice: str) -> bool:
+    """Whether a weight type is multiplied with int8 activations. choice: ``EngineConfig.activations``.
+
+    "int8": wherever kernels can, which is integers, and FP4, whose values are halves of integers. "auto": where it
+    adds little to the type's own error, which the size of groups decides; docs/quantization.md has the figures.
+    """
+    if choice == "float" or not isinstance(dtype, GroupQuant) or code_format(dtype) == FP8:
+        return False
+    return choice == "int8" or 0 < dtype.group_size <= (_AUTO_GROUP if dtype.bits > 4 else _AUTO_GROUP_4_BITS)
 
 
 @dataclass(frozen=True, slots=True)

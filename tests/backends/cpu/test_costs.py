@@ -78,7 +78,7 @@ def test_quantized_tables_stream_packed_rows() -> None:
     program = lower(graph, LIMITS, 64)
     from pelton.backends.cpu.costs import call_costs
 
-    (cost,) = call_costs(program, [packing.rows_nbytes(V, K, type)], "generic", False)
+    (cost,) = call_costs(program, [packing.rows_nbytes(V, K, type)], "generic", "float")
     stats = cost.stats(step_inputs(BATCH, 16).shape, 1.0)
     assert stats.streamed_bytes == 4 * packing.rows_nbytes(1, K, type)
     assert stats.activation_bytes == pytest.approx(4 * K * 4 + 4 * 4)

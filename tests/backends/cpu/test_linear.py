@@ -97,7 +97,7 @@ def int8_rows(x: Any, dtype: GroupQuant) -> Any:
 
 def modes(isa: str, dtype: Any) -> list[int]:
     """The kinds of activations that a tier has for a type."""
-    int8 = isinstance(dtype, GroupQuant) and packing.int8_activations(dtype) and native.has_int8_products(isa)
+    int8 = isinstance(dtype, GroupQuant) and packing.int8_activations(dtype, "int8") and native.has_int8_products(isa)
     return [packing.FLOATS, packing.INT8] if int8 else [packing.FLOATS]
 
 
@@ -273,3 +273,27 @@ def test_packing_refuses_what_would_lose_something() -> None:
         packing.linear_nbytes(4, 12, GroupQuant(4, 12, False))
     with pytest.raises(ValueError, match="contiguous bytes"):
         packing.pack_linear(exact, out=np.empty(5, np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "auto"),
+    [
+        (GroupQuant(4, 32, True, F16), True),
+        (GroupQuant(6, 16, scale=I8, outer=256), True),
+        (GroupQuant(8, 32, scale=F16), True),
+        (GroupQuant(4, 16, scale=E4M3, floating=True, outer=ROW), True),
+        (GroupQuant(4, 128, scale=F16, zero_point=True), True),  # GPTQ, AWQ: small beside the error of 4 bits
+        (GroupQuant(8, 128, scale=F16), False),
+        (GroupQuant(8, ROW), False),
+        (GroupQuant(4, ROW), False),
+    ],
+    ids=str,
+)
+def test_activations_are_int8_by_themselves_where_groups_are_small(dtype: GroupQuant, auto: bool) -> None:
+    assert packing.int8_activations(dtype, "auto") is auto
+    assert packing.int8_activations(dtype, "int8") and not packing.int8_activations(dtype, "float")
+
+
+def test_no_int8_activations_beside_floating_bytes_and_plain_weights() -> None:
+    for dtype in (GroupQuant(8, ROW, floating=True), F32, BF16):
+        assert not packing.int8_activations(dtype, "int8") and not packing.int8_activations(dtype, "auto")
