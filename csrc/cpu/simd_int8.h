@@ -70,10 +70,11 @@ PELTON_INLINE void store_i8(void* p, VI v) {
 
 PELTON_INLINE VF int_to_float(VI v) { return __builtin_convertvector(v, VF); }
 
+// Wraps around, as vectors do.
 PELTON_INLINE int32_t sum_int(VI v) {
-    int32_t total = 0;
-    for (int i = 0; i < kW; ++i) total += v[i];
-    return total;
+    uint32_t total = 0;
+    for (int i = 0; i < kW; ++i) total += static_cast<uint32_t>(v[i]);
+    return static_cast<int32_t>(total);
 }
 
 }  // namespace

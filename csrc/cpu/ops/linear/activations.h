@@ -71,7 +71,7 @@ void prepare_int8(const Call& call, const LinearShape& shape, const float* x, in
     using namespace linear;
     const int64_t k = call.ints[kK];
     const int64_t format = call.ints[kCodes];
-    const int32_t offset = static_cast<int32_t>(call.ints[kOffset]) - (format == kByte ? kWideCodeShift : 0);
+    const uint32_t offset = static_cast<uint32_t>(call.ints[kOffset]) - (format == kByte ? kWideCodeShift : 0);
     for (int64_t g = 0; g < shape.groups; ++g) {
         const int64_t begin = g * shape.group, end = begin + shape.group;
         VF largest = {}, poison = {};
@@ -99,7 +99,8 @@ void prepare_int8(const Call& call, const LinearShape& shape, const float* x, in
         const int32_t units = sum_int(total);
         scales[g] = scale;
         sums[g] = scale * static_cast<float>(units);
-        starts[g] = -offset * units;
+        // Integers of what is not finite mean nothing, so the product may wrap around; the scale is NaN.
+        starts[g] = static_cast<int32_t>(0u - offset * static_cast<uint32_t>(units));
     }
 }
 
