@@ -60,7 +60,8 @@ PELTON_INLINE VF splat(float x) { return x - VF{}; }  // x - 0 keeps the sign of
 PELTON_INLINE VU splat_u32(uint32_t x) { return x + VU{}; }
 PELTON_INLINE VF as_float(VU v) { return reinterpret_cast<VF>(v); }
 PELTON_INLINE VU as_u32(VF v) { return reinterpret_cast<VU>(v); }
-PELTON_INLINE VF to_float(VU v) { return __builtin_convertvector(reinterpret_cast<VI>(v), VF); }
+PELTON_INLINE VF to_float(VI v) { return __builtin_convertvector(v, VF); }
+PELTON_INLINE VF to_float(VU v) { return to_float(reinterpret_cast<VI>(v)); }
 PELTON_INLINE VU widen(VH v) { return __builtin_convertvector(v, VU); }
 
 PELTON_INLINE VF fma(VF a, VF b, VF c) {
@@ -233,19 +234,6 @@ PELTON_INLINE float from_bf16_scalar(uint16_t h) {
 PELTON_INLINE VF dot_pairs(VF acc, VU a, VU b) {
     return reinterpret_cast<VF>(
         _mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
-}
-#endif
-
-#if defined(__AVX512VNNI__)
-// The lowest byte of each lane.
-PELTON_INLINE void store_bytes(void* p, VU v) {
-    _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
-}
-
-// acc + the products of the four unsigned bytes of `a` with the signed ones of `b`, per lane.
-PELTON_INLINE VI dot_bytes(VI acc, VU a, VU b) {
-    return reinterpret_cast<VI>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(a),
-                                                    reinterpret_cast<__m512i>(b)));
 }
 #endif
 

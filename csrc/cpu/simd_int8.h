@@ -20,12 +20,19 @@ constexpr int kWideCodeShift = 0;
 constexpr int kWideCodeShift = 128;
 #endif
 
-// acc + the sum over the bytes of each lane; codes - kWideCodeShift if kWide, else codes up to 127.
+#if defined(__AVX512VNNI__)
+// acc + the products of the four unsigned bytes of `a` with the signed ones of `b`, per lane.
+PELTON_INLINE VI dot_bytes(VI acc, VU a, VU b) {
+    return reinterpret_cast<VI>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(a),
+                                                    reinterpret_cast<__m512i>(b)));
+}
+#endif
+
+// The same where there is no such instruction; codes - kWideCodeShift if kWide, else codes up to 127.
 template <bool kWide>
 PELTON_INLINE VI dot_codes(VI acc, VU codes, VU x) {
 #if defined(__AVX512VNNI__)
-    return reinterpret_cast<VI>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(acc), reinterpret_cast<__m512i>(codes),
-                                                    reinterpret_cast<__m512i>(x)));
+    return dot_bytes(acc, codes, x);
 #elif defined(__AVX512BW__)
     __m512i w = reinterpret_cast<__m512i>(codes), s = reinterpret_cast<__m512i>(x);
     if constexpr (kWide) {
@@ -56,19 +63,14 @@ PELTON_INLINE VI round_to_int(VF x) {
     return reinterpret_cast<VI>(shifted) - 0x4b400000;
 }
 
-typedef int8_t VC __attribute__((vector_size(kW)));
-typedef int8_t VCu __attribute__((vector_size(kW), aligned(1), may_alias));
-
-// The low bytes.
-PELTON_INLINE void store_i8(void* p, VI v) {
+// The lowest byte of each lane.
+PELTON_INLINE void store_bytes(void* p, VU v) {
 #if defined(__AVX512F__)
     _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(v)));
 #else
-    *reinterpret_cast<VCu*>(p) = __builtin_convertvector(v, VC);
+    *reinterpret_cast<VBu*>(p) = __builtin_convertvector(v, VB);
 #endif
 }
-
-PELTON_INLINE VF int_to_float(VI v) { return __builtin_convertvector(v, VF); }
 
 // Wraps around, as vectors do.
 PELTON_INLINE int32_t sum_int(VI v) {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/ops/attention/contract.h"
-#include "cpu/simd.h"
+#include "cpu/simd_int8.h"
 
 namespace pelton::cpu::PELTON_ISA {
 namespace {
@@ -124,8 +124,7 @@ PELTON_APART void score_tile(const char* q, const float* factors, [[maybe_unused
             for (int m = 0; m < kRows; ++m) {
                 PELTON_UNROLL
                 for (int v = 0; v < kTileVecs; ++v) {
-                    store(scores + m * kKeyTile + key + v * kW,
-                          __builtin_convertvector(acc[m][v] - biases[m], VF) * factors[m]);
+                    store(scores + m * kKeyTile + key + v * kW, to_float(acc[m][v] - biases[m]) * factors[m]);
                 }
             }
 #endif
@@ -328,7 +327,7 @@ PELTON_APART void byte_value_columns(const char* p, const float* corrections, co
         PELTON_UNROLL
         for (int v = 0; v < kVecs; ++v) {
             float* to = out + m * padded + col + v * kW;
-            store(to, fma(__builtin_convertvector(acc[m][v], VF), splat(units[m]), load(to) * corrections[m]));
+            store(to, fma(to_float(acc[m][v]), splat(units[m]), load(to) * corrections[m]));
         }
     }
 }

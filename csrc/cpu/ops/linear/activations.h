@@ -89,10 +89,10 @@ void prepare_int8(const Call& call, const LinearShape& shape, const float* x, in
             VI q = round_to_int(load_to(x, i, k < end ? k : end) * inverse);
             total += q;
             if (i + kW <= end) {
-                store_i8(out + i, q);
+                store_bytes(out + i, reinterpret_cast<VU>(q));
             } else {  // a group of 8 in registers of 16
                 int8_t last[kW];
-                store_i8(last, q);
+                store_bytes(last, reinterpret_cast<VU>(q));
                 for (int64_t j = i; j < end; ++j) out[j] = last[j - i];
             }
         }

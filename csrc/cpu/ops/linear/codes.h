@@ -163,7 +163,7 @@ PELTON_INLINE VF scale_at(const char* p, int64_t format, int64_t i) {
         case kScaleU8:
             return to_float(widen_u8(p + i));
         case kScaleI8:
-            return int_to_float(reinterpret_cast<VI>(widen_u8(p + i) << 24) >> 24);
+            return to_float(reinterpret_cast<VI>(widen_u8(p + i) << 24) >> 24);
         case kScaleE4m3:
             return fp8_to_float(widen_u8(p + i));
         default: {  // E8M0: 2^(code - 127); 0 is subnormal as f32, 255 is NaN

@@ -90,7 +90,7 @@ struct IntMath {
     }
     static PELTON_INLINE VI start(const int32_t* starts) { return VI{} + *starts; }
     static PELTON_INLINE VF scaled(VI acc, VF scale, const float* scales, VF y) {
-        return fma(int_to_float(acc), scale * *scales, y);
+        return fma(to_float(acc), scale * *scales, y);
     }
 };
 
@@ -316,6 +316,16 @@ void grouped_tile(const Groups& g, const Activations& x, const char* a, const Ou
     }
 }
 
+// What a row that is one group comes to, from its accumulators.
+template <class Math>
+PELTON_INLINE VF finished(typename Math::Acc acc, const Groups& g, const Activations& x, int64_t row, int col,
+                          const float* bias) {
+    const int64_t at = row * x.info_stride;
+    VF y = Math::scaled(acc, load(g.scales + col), x.scales + at, VF{});
+    if (g.zeros) y = fma(load(g.zeros + col), splat(x.sums[at]), y);
+    return bias ? y + load(bias + col) : y;
+}
+
 // A slice of a row that is one group. Until the last one the accumulators are parked in the output.
 template <class Step, int kRows>
 void sliced_tile(const Groups& g, const Activations& x, const char* a, const Output& c) {
@@ -335,17 +345,11 @@ void sliced_tile(const Groups& g, const Activations& x, const char* a, const Out
         }
         multiply_group<Step>(acc, g.codes + col * 4, g.size, a, x.stride);
         PELTON_UNROLL
-        for (int v = 0; v < kVecs; ++v) {
-            const VF scale = load(g.scales + col + v * kW);
+        for (int m = 0; m < kRows; ++m) {
             PELTON_UNROLL
-            for (int m = 0; m < kRows; ++m) {
-                VF now = reinterpret_cast<VF>(acc[m][v]);
-                if (g.ends_group) {
-                    now = Math::scaled(acc[m][v], scale, x.scales + m * x.info_stride, VF{});
-                    if (g.zeros) now = fma(load(g.zeros + col + v * kW), splat(x.sums[m * x.info_stride]), now);
-                    if (c.bias) now += load(c.bias + col + v * kW);
-                }
-                store(out + m * c.ld + v * kW, now);
+            for (int v = 0; v < kVecs; ++v) {
+                store(out + m * c.ld + v * kW, g.ends_group ? finished<Math>(acc[m][v], g, x, m, col + v * kW, c.bias)
+                                                            : reinterpret_cast<VF>(acc[m][v]));
             }
         }
     }
@@ -375,9 +379,7 @@ void sliced_tiles(AmxTiles& tiles, const Groups& g, const Activations& x, const 
         for (int col = 0; col < kPanel; col += kW) {
             float* y = c.data + m * c.ld + col;
             const VI acc = reinterpret_cast<VI>(load(y)) + x.starts[m * x.info_stride];
-            VF now = IntMath::scaled(acc, load(g.scales + col), x.scales + m * x.info_stride, VF{});
-            if (g.zeros) now = fma(load(g.zeros + col), splat(x.sums[m * x.info_stride]), now);
-            store(y, c.bias ? now + load(c.bias + col) : now);
+            store(y, finished<IntMath>(acc, g, x, m, col, c.bias));
         }
     }
 }
@@ -459,43 +461,39 @@ void codes_item(const Call& call, const LinearShape& shape, const char* panel, c
     char* expanded = reinterpret_cast<char*>(zeros + shape.block * kPanel);
     const bool direct = kInPlace || rows <= kDirectRows;
     const bool one_group = shape.groups == 1;
+    const bool tiled = kTiles && __is_same(Math, IntMath) && one_group && (kInPlace ? rows >= kLeastTileRows : !direct);
+    // A single group may be cut: a few rows take it whole, many in slices that stay in the cache.
+    const int64_t slice = !one_group || rows <= kDirectRows ? shape.group : kInPlace ? kDepthBlock : shape.depth;
     const float* bias = c.bias;
     Groups g = {};
+    g.sliced = one_group;
     g.scales = scales;
     g.zeros = call.ints[kZeros] || (!Math::kCentred && call.ints[kOffset]) ? zeros : nullptr;
     for (int64_t i = 0; i < shape.groups; i += shape.block) {
         g.first = i;
         g.count = shape.groups - i < shape.block ? shape.groups - i : shape.block;
         expand_scales(call, shape, panel, i, g.count, Math::kCentred, scales, zeros);
-        // A single group may be cut: a few rows take it whole, many in slices that stay in the cache.
-        const int64_t slice = !one_group            ? shape.group
-                              : rows <= kDirectRows ? shape.group
-                              : kInPlace            ? kDepthBlock
-                                                    : shape.depth;
         for (int64_t k0 = 0; k0 < shape.group; k0 += slice) {
             g.size = shape.group - k0 < slice ? shape.group - k0 : slice;
-            g.sliced = one_group;
             g.ends_group = k0 + g.size == shape.group;
             c.first = i == 0 && k0 == 0;
             c.bias = i + g.count == shape.groups && g.ends_group ? bias : nullptr;
             g.codes = group_at(shape, panel, i) + k0 / kUnitCodes<Codes> * kUnitBytes<Codes>;
             const int64_t at = i * shape.group + k0;
-            if (kTiles && kInPlace && one_group && rows >= kLeastTileRows) {
-                sliced_tiles(tiles, g, x, x.rows + at, rows, c);
-            } else if (direct) {
-                g.stride = shape.group_bytes;  // a block of groups has no outer factors inside
-                grouped_rows<Direct, kInPlace ? kTileRows : kDirectTile>(g, at, x, rows, c);
-            } else {
-                g.stride = g.size * kPanel * Math::kActivation;
+            g.stride = shape.group_bytes;  // a block of groups has no outer factors inside
+            if (!direct) {
+                const int64_t size = g.size * kPanel * Math::kActivation;
                 for (int64_t j = 0; j < g.count; ++j) {
-                    const char* codes = j ? group_at(shape, panel, i + j) : g.codes;
-                    expand<Codes, Math>(codes, g.size, expanded + j * g.stride);
+                    expand<Codes, Math>(g.codes + j * g.stride, g.size, expanded + j * size);
                 }
                 g.codes = expanded;
-                if (kTiles && __is_same(Math, IntMath) && one_group) {
-                    sliced_tiles(tiles, g, x, x.rows + at, rows, c);
-                    continue;
-                }
+                g.stride = size;
+            }
+            if (tiled) {
+                sliced_tiles(tiles, g, x, x.rows + at, rows, c);
+            } else if (direct) {
+                grouped_rows<Direct, kInPlace ? kTileRows : kDirectTile>(g, at, x, rows, c);
+            } else {
                 grouped_rows<typename Expanded<Math>::Step, kTileRows>(g, at, x, rows, c);
             }
         }
