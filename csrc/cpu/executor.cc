@@ -35,11 +35,40 @@ Mapping::~Mapping() {
     if (data_) munmap(data_, bytes_);
 }
 
+void Executor::Share::reset(int64_t begin, int64_t end) {
+    bounds_.store(static_cast<uint64_t>(end) << 32 | static_cast<uint64_t>(begin), std::memory_order_relaxed);
+}
+
+bool Executor::Share::take_front(int64_t most, int64_t* begin, int64_t* end) {
+    uint64_t now = bounds_.load(std::memory_order_relaxed), left;
+    do {
+        *begin = static_cast<int64_t>(now & UINT32_MAX);
+        const auto stop = static_cast<int64_t>(now >> 32);
+        if (*begin >= stop) return false;
+        *end = std::min(*begin + most, stop);
+        left = now >> 32 << 32 | static_cast<uint64_t>(*end);
+    } while (!bounds_.compare_exchange_weak(now, left, std::memory_order_relaxed));
+    return true;
+}
+
+bool Executor::Share::take_back(int64_t most, int64_t* begin, int64_t* end) {
+    uint64_t now = bounds_.load(std::memory_order_relaxed), left;
+    do {
+        const auto first = static_cast<int64_t>(now & UINT32_MAX);
+        *end = static_cast<int64_t>(now >> 32);
+        if (first >= *end) return false;
+        *begin = std::max(first, *end - most);
+        left = static_cast<uint64_t>(*begin) << 32 | static_cast<uint64_t>(first);
+    } while (!bounds_.compare_exchange_weak(now, left, std::memory_order_relaxed));
+    return true;
+}
+
 Executor::Executor(const std::string& isa, int threads, int64_t arena_bytes)
     : isa_((require_isa(isa), isa)),
       pool_(threads < 1 || threads > kMaxThreads ? throw std::invalid_argument("threads must be 1 to 1024") : threads) {
     if (arena_bytes < 0) throw std::invalid_argument("arena_bytes must not be negative");
     arena_ = std::make_shared<Mapping>(arena_bytes);
+    shares_ = std::make_unique<Share[]>(2 * static_cast<size_t>(threads));
 }
 
 Executor::~Executor() = default;
@@ -125,7 +154,7 @@ void Executor::add_call(const std::string& kernel, const std::vector<OperandRef>
     const int64_t scratch = (contract->scratch_bytes(call) + 4095) / 4096 * 4096;  // threads on pages of their own
     scratch_per_thread_ = std::max(scratch_per_thread_, scratch);
     calls_.push_back(std::move(planned));
-    work_.reset();
+    work_.clear();
 }
 
 // The step works on copies: whoever owns the arrays may write to them while it runs, after the checks.
@@ -162,8 +191,8 @@ void Executor::plan(const int64_t dims[3], const std::vector<StepInput>& inputs,
     }
     step_.threads = pool_.size();
     copy_inputs(inputs);
-    if (!work_) {  // calls were added since the last step
-        auto work = std::make_unique<Work[]>(calls_.size() * kMaxStages);
+    if (work_.empty()) {  // calls were added since the last step
+        std::vector<Work> work(calls_.size() * kMaxStages);
         auto scratch = std::make_unique<Mapping>(scratch_per_thread_ * pool_.size());
         std::vector<Worker> workers(pool_.size());
         for (int i = 0; i < pool_.size(); ++i) {
@@ -192,13 +221,10 @@ void Executor::plan(const int64_t dims[3], const std::vector<StepInput>& inputs,
         shared_bytes = std::max(shared_bytes, call.shared_bytes);
         for (int s = 0; s < kMaxStages && call.kernel->stages[s]; ++s) {
             if (call.cuts[s].items == 0) continue;
-            Work& work = work_[num_work_++];
-            work.next.store(0, std::memory_order_relaxed);
-            work.stage = call.kernel->stages[s];
-            work.call = &call;
-            work.cut = call.cuts[s];
-            work.solo = pool_.size() == 1 || work.cut.items <= work.cut.grain;
-            work.barrier = true;
+            const Cut cut = call.cuts[s];
+            if (cut.items > UINT32_MAX) reject(*planned.contract, "too many rows for one step");
+            const bool solo = pool_.size() == 1 || cut.items <= cut.grain;
+            work_[num_work_++] = {call.kernel->stages[s], &call, cut, solo, true, 0};
         }
     }
     if (!shared_ || shared_->size() < shared_bytes) {  // grows to the largest step seen
@@ -208,25 +234,45 @@ void Executor::plan(const int64_t dims[3], const std::vector<StepInput>& inputs,
     for (PlannedCall& planned : calls_) planned.call.shared = shared_->data();
     // Thread 0 needs nobody's permission to go from one piece of its own work to the next, and the pool
     // meets at the end of the step anyway.
-    for (size_t i = 0; i < num_work_; ++i) {
+    size_t wide = num_work_;
+    for (size_t i = num_work_; i-- > 0;) {
         const bool last = i + 1 == num_work_;
         work_[i].barrier = !last && !(work_[i].solo && work_[i + 1].solo);
+        work_[i].next_wide = wide;
+        if (!work_[i].solo) wide = i;
+    }
+    for (int t = 0; t < pool_.size() && wide < num_work_; ++t) reset_share(work_[wide], t, shares_.get());
+}
+
+// Whole chunks, so that helpers find whole chunks as well.
+void Executor::reset_share(const Work& work, int thread, Share* shares) {
+    const int64_t chunks = (work.cut.items + work.cut.grain - 1) / work.cut.grain;
+    const auto at = [&](int64_t t) { return std::min(work.cut.items, chunks * t / pool_.size() * work.cut.grain); };
+    shares[thread].reset(at(thread), at(thread + 1));
+}
+
+void Executor::do_wide(const Work& work, int thread, Share* shares) {
+    int64_t begin, end;
+    while (shares[thread].take_front(work.cut.grain, &begin, &end)) {
+        work.stage(*work.call, begin, end, workers_[thread]);
+    }
+    for (int i = 1; i < pool_.size(); ++i) {
+        Share& other = shares[(thread + i) % pool_.size()];
+        while (other.take_back(work.cut.grain, &begin, &end)) work.stage(*work.call, begin, end, workers_[thread]);
     }
 }
 
 void Executor::walk(int thread, std::vector<double>* per_call) {
-    Worker& worker = workers_[thread];
     double before = per_call && thread == 0 ? seconds_now() : 0.0;
+    Share *shares = shares_.get(), *next_shares = shares + pool_.size();
     for (size_t i = 0; i < num_work_; ++i) {
-        Work& work = work_[i];
+        const Work& work = work_[i];
         if (!work.solo) {
-            for (;;) {
-                const int64_t begin = work.next.fetch_add(work.cut.grain, std::memory_order_relaxed);
-                if (begin >= work.cut.items) break;
-                work.stage(*work.call, begin, std::min(begin + work.cut.grain, work.cut.items), worker);
-            }
+            if (work.next_wide < num_work_) reset_share(work_[work.next_wide], thread, next_shares);
+            do_wide(work, thread, shares);
+            std::swap(shares, next_shares);
         } else if (thread == 0) {
-            work.stage(*work.call, 0, work.cut.items, worker);
+            work.stage(*work.call, 0, work.cut.items, workers_[thread]);
         }
         if (work.barrier || per_call) pool_.barrier();
         if (!per_call) continue;

@@ -65,13 +65,25 @@ private:
         std::vector<InputOperand> inputs;
     };
     // One stage of one call in one step.
-    struct alignas(64) Work {
-        std::atomic<int64_t> next{0};
-        Stage stage = nullptr;
-        const Call* call = nullptr;
-        Cut cut = {0, 0};
-        bool solo = false;     // one chunk: thread 0 does it
-        bool barrier = false;  // after it
+    struct Work {
+        Stage stage;
+        const Call* call;
+        Cut cut;
+        bool solo;         // one chunk: thread 0 does it
+        bool barrier;      // after it
+        size_t next_wide;  // the next one that is not solo, or the number of works
+    };
+    // The items of a stage that a thread still has: it takes them from the front, which keeps its reads in one
+    // stream, and others that are done with theirs help from the back.
+    class alignas(64) Share {
+    public:
+        void reset(int64_t begin, int64_t end);
+        // Takes up to `most` items; false if there are none.
+        bool take_front(int64_t most, int64_t* begin, int64_t* end);
+        bool take_back(int64_t most, int64_t* begin, int64_t* end);
+
+    private:
+        std::atomic<uint64_t> bounds_{0};  // the first in the lower half, the end in the upper
     };
 
     void copy_inputs(const std::vector<StepInput>& inputs);
@@ -79,6 +91,8 @@ private:
     double run_range(const int64_t dims[3], const std::vector<StepInput>& inputs, std::vector<double>* per_call,
                      int64_t first, int64_t last);
     void walk(int thread, std::vector<double>* per_call);
+    void reset_share(const Work& work, int thread, Share* shares);
+    void do_wide(const Work& work, int thread, Share* shares);
     [[noreturn]] void reject(const Contract& contract, const std::string& why) const;
 
     const std::string isa_;
@@ -92,8 +106,11 @@ private:
     std::mutex running_;
     Step step_;
     std::vector<int32_t> input_values_;  // what step_.inputs point to; only grows
-    std::unique_ptr<Work[]> work_;
+    std::vector<Work> work_;
     size_t num_work_ = 0;
+    // Of all threads, for two stages that are not solo: a thread sets its share of the next one while others are
+    // still in this one, and nobody is in the one before.
+    std::unique_ptr<Share[]> shares_;
     std::unique_ptr<Mapping> shared_, scratch_;
     int64_t scratch_per_thread_ = 0;
     std::vector<Worker> workers_;

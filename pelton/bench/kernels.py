@@ -51,7 +51,7 @@ _MAX_SEQUENCES = 64
 _BLOCK_SIZE = 16
 _FILL = 512  # tokens of a step that fills the KV cache
 _REPEATED = 1024  # calls of an op without weights: together they dwarf the wake-up of the threads
-_SAMPLE = 2e-4  # seconds of consecutive calls that one sample times
+_SAMPLE = 4e-3  # seconds of consecutive calls that one sample times
 _TABLE_ROWS = 256  # of the random tables that activations are looked up in
 
 
@@ -405,12 +405,13 @@ def _time(executor: CpuExecutor, step: StepInputs, first: int, last: int, second
     """Seconds of one call, the best of many samples, and the samples' median over it.
 
     A sample is a run of consecutive calls, less what a step without calls takes at best; the next sample goes on
-    with the next calls, so that every weight had its turn before one comes again.
+    with the next calls, so that every weight had its turn before one comes again. Calls that memory bounds are all in
+    one sample: the best of short ones would be that whose weights happened to be still in a cache.
     """
     executor.run_calls(step, first, min(first + 2, last))  # touches what is written
     count, window = last - first, 1
-    while 2 * window <= count and executor.run_calls(step, first, first + window) < _SAMPLE / 2:
-        window *= 2
+    while window < count and executor.run_calls(step, first, first + window) < _SAMPLE / 2:
+        window = min(2 * window, count)
     samples: list[float] = []
     empty, at, start = float("inf"), first, time.perf_counter()
     while True:

@@ -148,12 +148,22 @@ PELTON_INLINE VU code_pair(VU quad, int i) {
 
 // ---- scales
 
-PELTON_INLINE VU widen_u8(const void* p) { return __builtin_convertvector(load_u8(p), VU); }
+// Compilers make this of single bytes where it is left to them.
+PELTON_INLINE VU widen_u8(const void* p) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<VU>(_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+    return reinterpret_cast<VU>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+#else
+    return __builtin_convertvector(load_u8(p), VU);
+#endif
+}
 
 // Element i of an array in a scale format.
-PELTON_INLINE VF scale_at(const char* p, int64_t format, int64_t i) {
+template <int64_t kFormat>
+PELTON_INLINE VF scale_at(const char* p, int64_t i) {
     using namespace linear;
-    switch (format) {
+    switch (kFormat) {
         case kScaleF32:
             return load(reinterpret_cast<const float*>(p) + i);
         case kScaleF16:
@@ -179,36 +189,62 @@ PELTON_INLINE const char* group_at(const LinearShape& shape, const char* panel, 
     return panel + (group / shape.outer_groups + 1) * shape.outer_bytes + group * shape.group_bytes;
 }
 
+template <int64_t kFormat, int64_t kOuterFormat>
+void expand_scales_of(const Call& call, const LinearShape& shape, const char* panel, int64_t first, int64_t count,
+                      bool centred, float* scales, float* zeros) {
+    using namespace linear;
+    const int64_t* ints = call.ints;
+    const bool has_outer = ints[kOuter], minima = ints[kZeros] == kMinima, points = ints[kZeros] == kZeroPoints;
+    const float unit = ints[kCodes] == kFp4 ? 0.5f : 1.0f;
+    const float minus_offset = centred ? 0.0f : -static_cast<float>(ints[kOffset]);
+    const char* at = group_at(shape, panel, first) + shape.code_bytes;
+    // The groups of one call share their outer factors.
+    const char* outer =
+        shape.outer_groups ? group_at(shape, panel, first / shape.outer_groups * shape.outer_groups) - shape.outer_bytes
+                           : panel;
+    for (int64_t col = 0; col < kPanel; col += kW) {
+        const VF outer_scale = has_outer ? scale_at<kOuterFormat>(outer, col) * unit : splat(unit);
+        const VF outer_minimum = has_outer && minima
+                                     ? scale_at<kOuterFormat>(outer + kPanel * (kOuterFormat == kScaleF16 ? 2 : 4), col)
+                                     : splat(1.0f);
+        const char* group = at;
+        for (int64_t i = col; i < col + count * kPanel; i += kPanel, group += shape.group_bytes) {
+            const VF scale = scale_at<kFormat>(group, col) * outer_scale;
+            VF zero = scale * minus_offset;
+            if (minima) zero = scale_at<kFormat>(group + shape.scale_bytes, col) * outer_minimum;
+            if (points) zero = -scale * to_float(widen_u8(group + shape.scale_bytes + col));
+            store(scales + i, scale);
+            store(zeros + i, zero);
+        }
+    }
+}
+
 // Scales and what a group adds for each unit of its activations' sum, as f32 [count][64]. For codes with an
 // offset the latter is -offset * scale, unless `centred`: then the accumulators start with it.
 PELTON_INLINE void expand_scales(const Call& call, const LinearShape& shape, const char* panel, int64_t first,
                                  int64_t count, bool centred, float* scales, float* zeros) {
     using namespace linear;
-    const int64_t* ints = call.ints;
-    const int64_t format = ints[kScaleFormat];
-    const int64_t outer_format = ints[kOuter] > 1 ? kScaleF16 : kScaleF32, outer_size = ints[kOuter] > 1 ? 2 : 4;
-    const float unit = ints[kCodes] == kFp4 ? 0.5f : 1.0f;
-    const float minus_offset = centred ? 0.0f : -static_cast<float>(ints[kOffset]);
-    for (int64_t g = 0; g < count; ++g) {
-        const char* group = group_at(shape, panel, first + g);
-        const char* outer =
-            shape.outer_groups
-                ? group_at(shape, panel, (first + g) / shape.outer_groups * shape.outer_groups) - shape.outer_bytes
-                : panel;
-        const char* at = group + shape.code_bytes;
-        for (int64_t col = 0; col < kPanel; col += kW) {
-            VF scale = scale_at(at, format, col) * unit;
-            if (ints[kOuter]) scale *= scale_at(outer, outer_format, col);
-            store(scales + g * kPanel + col, scale);
-            VF zero = scale * minus_offset;
-            if (ints[kZeros] == kMinima) {
-                zero = scale_at(at + shape.scale_bytes, format, col);
-                if (ints[kOuter]) zero *= scale_at(outer + kPanel * outer_size, outer_format, col);
-            } else if (ints[kZeros] == kZeroPoints) {
-                zero = -scale * to_float(widen_u8(at + shape.scale_bytes + col));
-            }
-            store(zeros + g * kPanel + col, zero);
+    const auto expand = [&]<int64_t kFormat>() {
+        if (call.ints[kOuter] > 1) {
+            return expand_scales_of<kFormat, kScaleF16>(call, shape, panel, first, count, centred, scales, zeros);
         }
+        return expand_scales_of<kFormat, kScaleF32>(call, shape, panel, first, count, centred, scales, zeros);
+    };
+    switch (call.ints[kScaleFormat]) {
+        case kScaleF32:
+            return expand.template operator()<kScaleF32>();
+        case kScaleF16:
+            return expand.template operator()<kScaleF16>();
+        case kScaleBf16:
+            return expand.template operator()<kScaleBf16>();
+        case kScaleU8:
+            return expand.template operator()<kScaleU8>();
+        case kScaleI8:
+            return expand.template operator()<kScaleI8>();
+        case kScaleE4m3:
+            return expand.template operator()<kScaleE4m3>();
+        default:
+            return expand.template operator()<kScaleE8m0>();
     }
 }
 

@@ -33,7 +33,9 @@ constexpr int tile_vecs(int rows) {
     return rows == 1 ? 8 : rows <= 3 && kW == 8 ? 4 : rows == 2 ? 4 : kTileVecs;
 }
 
-constexpr int kPrefetch = 2048;  // bytes ahead: beyond what the hardware prefetcher crosses pages for
+// Weights that stream are fetched so many bytes ahead, which covers the latency of memory at full bandwidth. What is
+// read before its turn, the scales of a block of groups, must be nearer than that.
+constexpr int kPrefetch = 8192, kStreamBytes = 6144;
 
 template <int kVecs>
 PELTON_INLINE void prefetch(const char* w) {
@@ -230,8 +232,9 @@ void plain_tile(const char* w, const char* a, int64_t stride, int64_t depth, con
 struct Groups {
     const char* codes;    // of the first group, packed or expanded
     int64_t stride;       // bytes between groups
-    const float* scales;  // [count][64]
+    const float* scales;  // [count][64]; null for f16 behind each group's codes, which lie as packed
     const float* zeros;   // the same, null if nothing is to be added
+    bool minima;          // behind f16 scales
     int64_t first, count;
     int64_t size;             // elements of k
     bool sliced, ends_group;  // part of a row that is one group, its end
@@ -251,9 +254,15 @@ PELTON_INLINE void multiply_group(typename Step::Math::Acc (&acc)[kRows][kVecs],
     }
 }
 
-// Codes are multiplied first, then scaled: each group adds scale * sum(code * x), and zero * sum(x) if kZeros.
+// Where a tile finds scales, and zeros if there are any: as f32 of their own, or as f16 behind the codes.
+template <bool kHalfType, bool kZerosType>
+struct ScalesAt {
+    static constexpr bool kHalf = kHalfType, kZeros = kZerosType;
+};
+
+// Codes are multiplied first, then scaled: each group adds scale * sum(code * x), and zero * sum(x) if there are zeros.
 // Everything that the loops need is copied to locals, or the compiler reads it again after each store.
-template <class Step, int kRows, bool kZeros>
+template <class Step, int kRows, class Scales>
 void grouped_tile(const Groups& g, const Activations& x, const char* a, const Output& c) {
     typedef typename Step::Math Math;
     constexpr int kVecs = tile_vecs(kRows), kColumns = kVecs * kW;
@@ -275,7 +284,9 @@ void grouped_tile(const Groups& g, const Activations& x, const char* a, const Ou
             }
         }
         const char *ap = a, *codes = g.codes + col * 4;
-        const float *scales = g.scales + col, *zeros = g.zeros + col;
+        const int64_t code_bytes = size / Step::kStep * Step::kBytes, tail = g.stride - code_bytes;
+        const float *scales = g.scales, *zeros = g.zeros;
+        if (!Scales::kHalf) scales += col, zeros += col;
         const float *x_scales = x.scales + g.first, *x_sums = x.sums + g.first;
         const int32_t* x_starts = x.starts + g.first;
         for (int64_t i = 0; i < count; ++i) {
@@ -286,23 +297,33 @@ void grouped_tile(const Groups& g, const Activations& x, const char* a, const Ou
                 for (int v = 0; v < kVecs; ++v) acc[m][v] = Math::start(x_starts + m * info);
             }
             multiply_group<Step>(acc, codes, size, ap, stride);
+            if (Step::kPacked && kRows < kTileRows) {
+                for (int64_t line = 0; line < tail; line += 64)
+                    __builtin_prefetch(codes + code_bytes + kPrefetch + line);
+            }
+            const char* halves = codes + code_bytes - 2 * col;  // codes are four bytes a column
             PELTON_UNROLL
             for (int v = 0; v < kVecs; ++v) {
-                const VF scale = load(scales + v * kW);
-                const VF zero = kZeros ? load(zeros + v * kW) : VF{};
+                VF scale, zero = {};
+                if constexpr (Scales::kHalf) {
+                    scale = from_f16(load_u16(halves + 2 * v * kW));
+                    if (Scales::kZeros) zero = from_f16(load_u16(halves + 2 * kPanel + 2 * v * kW));
+                } else {
+                    scale = load(scales + v * kW);
+                    if (Scales::kZeros) zero = load(zeros + v * kW);
+                }
                 PELTON_UNROLL
                 for (int m = 0; m < kRows; ++m) {
                     float* at = parked + m * kColumns + v * kW;
                     VF now = Math::scaled(acc[m][v], scale, x_scales + m * info, kKeep ? y[m][v] : load(at));
-                    if (kZeros) now = fma(zero, splat(x_sums[m * info]), now);
+                    if (Scales::kZeros) now = fma(zero, splat(x_sums[m * info]), now);
                     if (kKeep) y[m][v] = now;
                     if (!kKeep) store(at, now);
                 }
             }
             ap += size * Math::kActivation;
             codes += g.stride;
-            scales += kPanel;
-            zeros += kPanel;
+            if (!Scales::kHalf) scales += kPanel, zeros += kPanel;
             ++x_scales, ++x_sums, ++x_starts;
         }
         PELTON_UNROLL
@@ -442,10 +463,12 @@ void grouped_rows(const Groups& g, int64_t k0, const Activations& x, int64_t row
         const char* a = tile_x.rows + k0 * Step::Math::kActivation;
         if (g.sliced) {
             sliced_tile<Step, kRows>(g, tile_x, a, tile);
-        } else if (g.zeros) {
-            grouped_tile<Step, kRows, true>(g, tile_x, a, tile);
-        } else {
-            grouped_tile<Step, kRows, false>(g, tile_x, a, tile);
+        } else if (g.scales) {
+            if (g.zeros) return grouped_tile<Step, kRows, ScalesAt<false, true>>(g, tile_x, a, tile);
+            grouped_tile<Step, kRows, ScalesAt<false, false>>(g, tile_x, a, tile);
+        } else if constexpr (Step::kPacked) {
+            if (g.minima) return grouped_tile<Step, kRows, ScalesAt<true, true>>(g, tile_x, a, tile);
+            grouped_tile<Step, kRows, ScalesAt<true, false>>(g, tile_x, a, tile);
         }
     });
 }
@@ -465,14 +488,24 @@ void codes_item(const Call& call, const LinearShape& shape, const char* panel, c
     // A single group may be cut: a few rows take it whole, many in slices that stay in the cache.
     const int64_t slice = !one_group || rows <= kDirectRows ? shape.group : kInPlace ? kDepthBlock : shape.depth;
     const float* bias = c.bias;
+    int64_t block = shape.block;
     Groups g = {};
     g.sliced = one_group;
     g.scales = scales;
     g.zeros = call.ints[kZeros] || (!Math::kCentred && call.ints[kOffset]) ? zeros : nullptr;
-    for (int64_t i = 0; i < shape.groups; i += shape.block) {
+    if (rows <= kDirectRows && !one_group) {
+        const bool plain_zeros = call.ints[kZeros] ? call.ints[kZeros] == kMinima : !g.zeros;
+        if (call.ints[kScaleFormat] == kScaleF16 && !call.ints[kOuter] && plain_zeros && call.ints[kCodes] != kFp4) {
+            g.scales = nullptr;
+            g.minima = g.zeros;
+            block = shape.groups;
+        }
+        while (g.scales && block % 2 == 0 && block * shape.group_bytes > kStreamBytes) block /= 2;
+    }
+    for (int64_t i = 0; i < shape.groups; i += block) {
         g.first = i;
-        g.count = shape.groups - i < shape.block ? shape.groups - i : shape.block;
-        expand_scales(call, shape, panel, i, g.count, Math::kCentred, scales, zeros);
+        g.count = shape.groups - i < block ? shape.groups - i : block;
+        if (g.scales) expand_scales(call, shape, panel, i, g.count, Math::kCentred, scales, zeros);
         for (int64_t k0 = 0; k0 < shape.group; k0 += slice) {
             g.size = shape.group - k0 < slice ? shape.group - k0 : slice;
             g.ends_group = k0 + g.size == shape.group;

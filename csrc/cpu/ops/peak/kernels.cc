@@ -28,7 +28,7 @@ float read_bytes(const char* data, int64_t bytes) {
     constexpr int64_t kStep = 8 * kW * 4;
     for (int64_t i = 0; i + kStep <= bytes; i += kStep) {
         if constexpr (kPrefetch) {
-            for (int line = 0; line < kStep; line += 64) __builtin_prefetch(data + i + 1024 + line);
+            for (int line = 0; line < kStep; line += 64) __builtin_prefetch(data + i + 8192 + line);
         }
         PELTON_UNROLL
         for (int v = 0; v < 8; ++v) acc[v] += load(reinterpret_cast<const float*>(data + i + v * kW * 4));
