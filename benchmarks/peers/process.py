@@ -35,7 +35,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env={**os.environ, **variables},
+                env=_environment(variables),
                 start_new_session=True,
             )
         self._pending = b""
@@ -133,6 +133,13 @@ class Worker:
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
+
+
+def _environment(variables: Mapping[str, str]) -> dict[str, str]:
+    inherited = dict(os.environ)
+    # An installed package has its bytecode; a checkout that may not write any would be compiled at every start.
+    inherited.pop("PYTHONDONTWRITEBYTECODE", None)
+    return {**inherited, **variables}
 
 
 def last_line(log: Path) -> str:

@@ -77,9 +77,9 @@ def f32(value: HostTensor) -> F:
     return np.asarray(value, dtype=np.float32)
 
 
-def _need(condition: bool, text: str) -> None:
-    if not condition:
-        raise ValueError(text)
+def _need(condition: bool, text: str, *values: object) -> None:
+    if not condition:  # formatted only then: types are checked by the thousand at every start
+        raise ValueError(text.format(*values))
 
 
 def _same(attrs: Attrs, x: TensorType, *rest: ValueType) -> TensorType:
@@ -99,17 +99,17 @@ def _free(*args: Any) -> Cost:
 
 def _concat_type(attrs: Attrs, *ws: TensorType) -> TensorType:
     tails = {(w.shape[1:], w.dtype) for w in ws}
-    _need(len(tails) == 1, f"concat of different weights: {', '.join(map(str, ws))}")
+    _need(len(tails) == 1, "concat of different weights: {}", ", ".join(map(str, ws)))
     return TensorType((sum(int(w.shape[0]) for w in ws), *ws[0].shape[1:]), ws[0].dtype)
 
 
 def _transpose_type(attrs: Attrs, w: TensorType) -> TensorType:
-    _need(len(w.shape) == 2 and not isinstance(w.dtype, GroupQuant), f"cannot transpose {w}")
+    _need(len(w.shape) == 2 and not isinstance(w.dtype, GroupQuant), "cannot transpose {}", w)
     return TensorType((w.shape[1], w.shape[0]), w.dtype)
 
 
 def _permute_type(attrs: Attrs, w: TensorType) -> TensorType:
-    _need(math.prod(attrs["shape"]) == w.shape[0], f"rows of {w} are not {attrs['shape']}")
+    _need(math.prod(attrs["shape"]) == w.shape[0], "rows of {} are not {}", w, attrs["shape"])
     return w
 
 
@@ -143,8 +143,8 @@ def _embedding_bytes(attrs: Attrs, out: TensorType, ids: TensorType, table: Tens
 
 
 def _linear_type(attrs: Attrs, x: TensorType, w: TensorType, *bias: TensorType) -> TensorType:
-    _need(x.shape[-1] == w.shape[1], f"linear of {x} with {w}")
-    _need(all(b.shape == w.shape[:1] for b in bias), f"bias {bias} for {w}")
+    _need(x.shape[-1] == w.shape[1], "linear of {} with {}", x, w)
+    _need(all(b.shape == w.shape[:1] for b in bias), "bias {} for {}", bias, w)
     return TensorType((*x.shape[:-1], w.shape[0]), F32)
 
 
@@ -178,17 +178,17 @@ def _layer_norm(attrs: Attrs, x: F, w: HostTensor, bias: HostTensor | None = Non
 
 
 def _rms_norm_type(attrs: Attrs, x: TensorType, w: TensorType) -> TensorType:
-    _need(isinstance(x.shape[-1], int) and x.shape[-1] % int(w.shape[0]) == 0, f"rms_norm of {x} with {w}")
+    _need(isinstance(x.shape[-1], int) and x.shape[-1] % int(w.shape[0]) == 0, "rms_norm of {} with {}", x, w)
     return x
 
 
 def _layer_norm_type(attrs: Attrs, x: TensorType, *ws: TensorType) -> TensorType:
-    _need(all(w.shape == x.shape[-1:] for w in ws), f"layer_norm of {x} with {ws[0]}")
+    _need(all(w.shape == x.shape[-1:] for w in ws), "layer_norm of {} with {}", x, ws[0])
     return x
 
 
 def _binary_type(attrs: Attrs, a: TensorType, b: TensorType, *ws: ValueType) -> TensorType:
-    _need(a == b, f"operands differ: {a} and {b}")
+    _need(a == b, "operands differ: {} and {}", a, b)
     return a
 
 
@@ -235,7 +235,7 @@ def _activation(attrs: Attrs, x: F) -> F:
 
 
 def _gated_type(attrs: Attrs, gate: TensorType, up: TensorType) -> TensorType:
-    _need(attrs["kind"] in ACTIVATIONS, f"no such activation: {attrs['kind']}")
+    _need(attrs["kind"] in ACTIVATIONS, "no such activation: {}", attrs["kind"])
     return _binary_type(attrs, gate, up)
 
 
@@ -255,7 +255,7 @@ GATE_BLOCK = 32
 
 def _gated_linear_type(attrs: Attrs, x: TensorType, w: TensorType, *bias: TensorType) -> TensorType:
     out = _linear_type(attrs, x, w, *bias)
-    _need(int(w.shape[0]) % (2 * GATE_BLOCK) == 0, f"rows of {w} are no blocks of gates and ups")
+    _need(int(w.shape[0]) % (2 * GATE_BLOCK) == 0, "rows of {} are no blocks of gates and ups", w)
     half = TensorType((*out.shape[:-1], int(out.shape[-1]) // 2), F32)
     return _gated_type(attrs, half, half)
 
@@ -276,7 +276,7 @@ _op(
 
 def _slice_type(attrs: Attrs, x: TensorType) -> TensorType:
     start, stop = attrs["start"], attrs["stop"]
-    _need(0 <= start < stop <= int(x.shape[-1]), f"columns {start}:{stop} of {x}")
+    _need(0 <= start < stop <= int(x.shape[-1]), "columns {}:{} of {}", start, stop, x)
     return TensorType((*x.shape[:-1], stop - start), x.dtype)
 
 
@@ -309,14 +309,14 @@ def _rope(attrs: Attrs, x: F, positions: npt.NDArray[Any]) -> F:
 
 def _rope_type(attrs: Attrs, x: TensorType, positions: TensorType) -> TensorType:
     spec = RopeSpec.of(attrs)
-    _need(int(x.shape[-1]) % spec.head_dim == 0, f"heads of {spec.head_dim} in {x}")
-    _need(spec.rotary_dim % 2 == 0 and spec.rotary_dim <= spec.head_dim, f"rotary_dim {spec.rotary_dim}")
+    _need(int(x.shape[-1]) % spec.head_dim == 0, "heads of {} in {}", spec.head_dim, x)
+    _need(spec.rotary_dim % 2 == 0 and spec.rotary_dim <= spec.head_dim, "rotary_dim {}", spec.rotary_dim)
     return x
 
 
 def _kv_write_type(attrs: Attrs, cache: CacheType, k: TensorType, v: TensorType, slots: TensorType) -> CacheType:
     width = cache.num_kv_heads * cache.head_dim
-    _need(k.shape[-1] == width and v.shape[-1] == width, f"{cache} does not hold {k} and {v}")
+    _need(k.shape[-1] == width and v.shape[-1] == width, "{} does not hold {} and {}", cache, k, v)
     return cache
 
 
@@ -366,8 +366,8 @@ def _rope_kv_write_type(attrs: Attrs, cache: CacheType, q: Any, k: Any, v: Any, 
 
 def _attention_type(attrs: Attrs, q: TensorType, cache: CacheType, *tables: TensorType) -> TensorType:
     heads = attrs["num_heads"]
-    _need(heads % cache.num_kv_heads == 0, f"{heads} query heads over {cache.num_kv_heads} KV heads")
-    _need(q.shape[-1] == heads * cache.head_dim, f"{heads} heads of {cache.head_dim} in {q}")
+    _need(heads % cache.num_kv_heads == 0, "{} query heads over {} KV heads", heads, cache.num_kv_heads)
+    _need(q.shape[-1] == heads * cache.head_dim, "{} heads of {} in {}", heads, cache.head_dim, q)
     return q
 
 
