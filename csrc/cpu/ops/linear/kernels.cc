@@ -18,9 +18,15 @@ namespace {
 using namespace linear;
 
 constexpr int kActBytes = kBf16Dot ? 2 : 4;  // a float activation next to bf16 weights and codes
-// Up to this many rows codes are expanded in registers, once per row tile; from 3 tiles of 4 rows on it
-// is cheaper to expand them into the cache once.
+// Few rows expand codes in registers, once per row tile, more of them into the cache once. Nibbles are so quickly
+// expanded that for integers the register wins up to many rows, and always if their scales are read as they lie.
 constexpr int kDirectRows = 8, kDirectTile = kW == 16 ? 4 : 2;
+template <class Codes, class Math>
+constexpr bool kQuick = kW == 16 && __is_same(Codes, NibbleCodes) && Math::kCentred;
+template <class Codes, class Math>
+constexpr int kMostDirectRows = kQuick<Codes, Math> ? 48 : kDirectRows;
+// Up to this many rows weights take longer to stream than to multiply: tiles that are not full fetch them as they go.
+constexpr int kStreamRows = kW == 16 ? 16 : 8;
 // Depth of a weight block that the rows of an item pass over while it stays in the cache. Where a
 // register tile is as wide as the panel it streams from L2 (128 KB of bf16); narrower tiles pass over a
 // block strip by strip, which wants L1 (16 KB of f32).
@@ -41,6 +47,28 @@ template <int kVecs>
 PELTON_INLINE void prefetch(const char* w) {
     PELTON_UNROLL
     for (int line = 0; line < kVecs * kW * 4; line += 64) __builtin_prefetch(w + kPrefetch + line);
+}
+
+// Many rows compute on a block of weights for a while: meanwhile their full tiles fetch the next one, a line at a step,
+// each tile a part of it.
+struct Ahead {
+    const char* at;
+    int64_t step;  // 0 when all is fetched
+};
+
+PELTON_INLINE Ahead ahead_of(const char* next, int64_t bytes, int64_t m, int64_t steps) {
+    const int64_t offset = m / kTileRows * steps * 64;
+    return {next + (offset < bytes ? offset : 0), offset < bytes ? 64 : 0};
+}
+
+template <int kVecs, int kRows>
+PELTON_INLINE void fetch(const char* w, Ahead& ahead) {
+    if (kRows < kTileRows) {
+        prefetch<kVecs>(w);
+    } else {
+        __builtin_prefetch(ahead.at);
+        ahead.at += ahead.step;
+    }
 }
 
 struct Output {
@@ -193,7 +221,7 @@ struct Expanded<FloatMath> {
 
 // Weights without groups. `w` points at the panel, moved to the first k of the block.
 template <class Step, int kRows>
-void plain_tile(const char* w, const char* a, int64_t stride, int64_t depth, const Output& c) {
+void plain_tile(const char* w, const char* a, int64_t stride, int64_t depth, Ahead ahead, const Output& c) {
     constexpr int kVecs = tile_vecs(kRows), kColumns = kVecs * kW;
     for (int col = 0; col < kPanel; col += kColumns) {
         VF acc[kRows][kVecs];
@@ -205,7 +233,7 @@ void plain_tile(const char* w, const char* a, int64_t stride, int64_t depth, con
         const char *wp = w + col * 4, *ap = a;
         int64_t k = 0;
         for (; k + Step::kStep <= depth; k += Step::kStep) {
-            if (kRows < kTileRows) prefetch<kVecs>(wp);  // full tiles are many and find the block in the cache
+            fetch<kVecs, kRows>(wp, ahead);
             Step::step(acc, wp, ap, stride);
             wp += Step::kBytes;
             ap += Step::kActStep;
@@ -242,11 +270,11 @@ struct Groups {
 
 template <class Step, int kRows, int kVecs>
 PELTON_INLINE void multiply_group(typename Step::Math::Acc (&acc)[kRows][kVecs], const char* w, int64_t size,
-                                  const char* a, int64_t stride) {
+                                  const char* a, int64_t stride, Ahead& ahead) {
     for (int64_t k = 0; k < size; k += Step::kStep) {
-        if (Step::kPacked && kRows < kTileRows) {
+        if (Step::kPacked) {
             PELTON_UNROLL
-            for (int line = 0; line < Step::kBytes; line += kPanel * 4) prefetch<kVecs>(w + line);
+            for (int line = 0; line < Step::kBytes; line += kPanel * 4) fetch<kVecs, kRows>(w + line, ahead);
         }
         Step::step(acc, w, a, stride);
         w += Step::kBytes;
@@ -263,7 +291,7 @@ struct ScalesAt {
 // Codes are multiplied first, then scaled: each group adds scale * sum(code * x), and zero * sum(x) if there are zeros.
 // Everything that the loops need is copied to locals, or the compiler reads it again after each store.
 template <class Step, int kRows, class Scales>
-void grouped_tile(const Groups& g, const Activations& x, const char* a, const Output& c) {
+void grouped_tile(const Groups& g, const Activations& x, const char* a, Ahead ahead, const Output& c) {
     typedef typename Step::Math Math;
     constexpr int kVecs = tile_vecs(kRows), kColumns = kVecs * kW;
     // Results of a few rows stay in registers beside the sums. Others have a place of their own: rows of the output
@@ -296,7 +324,7 @@ void grouped_tile(const Groups& g, const Activations& x, const char* a, const Ou
                 PELTON_UNROLL
                 for (int v = 0; v < kVecs; ++v) acc[m][v] = Math::start(x_starts + m * info);
             }
-            multiply_group<Step>(acc, codes, size, ap, stride);
+            multiply_group<Step>(acc, codes, size, ap, stride, ahead);
             if (Step::kPacked && kRows < kTileRows) {
                 for (int64_t line = 0; line < tail; line += 64)
                     __builtin_prefetch(codes + code_bytes + kPrefetch + line);
@@ -349,7 +377,7 @@ PELTON_INLINE VF finished(typename Math::Acc acc, const Groups& g, const Activat
 
 // A slice of a row that is one group. Until the last one the accumulators are parked in the output.
 template <class Step, int kRows>
-void sliced_tile(const Groups& g, const Activations& x, const char* a, const Output& c) {
+void sliced_tile(const Groups& g, const Activations& x, const char* a, Ahead ahead, const Output& c) {
     typedef typename Step::Math Math;
     typedef typename Math::Acc Acc;
     constexpr int kVecs = tile_vecs(kRows), kColumns = kVecs * kW;
@@ -364,7 +392,7 @@ void sliced_tile(const Groups& g, const Activations& x, const char* a, const Out
                                     : reinterpret_cast<Acc>(load(out + m * c.ld + v * kW));
             }
         }
-        multiply_group<Step>(acc, g.codes + col * 4, g.size, a, x.stride);
+        multiply_group<Step>(acc, g.codes + col * 4, g.size, a, x.stride, ahead);
         PELTON_UNROLL
         for (int m = 0; m < kRows; ++m) {
             PELTON_UNROLL
@@ -415,6 +443,13 @@ constexpr bool kTiles = false;
 // From here on tiles take fewer cycles than vectors for int8, which is exact either way.
 constexpr int kLeastTileRows = 5;
 
+// Register tiles of up to kMost rows; of fewer where the weights are to stream.
+template <int kMost, class F>
+PELTON_INLINE void for_weight_tiles(int64_t rows, F f) {
+    if (kMost > kDirectTile && rows <= kStreamRows) return for_row_tiles<kDirectTile>(rows, f);
+    for_row_tiles<kMost>(rows, f);
+}
+
 template <class Step>
 void plain_item(const char* panel, int64_t k, int act_bytes, const Activations& x, int64_t rows, Output c) {
     const float* bias = c.bias;
@@ -422,10 +457,11 @@ void plain_item(const char* panel, int64_t k, int act_bytes, const Activations& 
         const int64_t depth = k - k0 < kDepthBlock ? k - k0 : kDepthBlock;
         c.first = k0 == 0;
         c.bias = k0 + depth == k ? bias : nullptr;
-        for_row_tiles<kTileRows>(rows, [&]<int kRows>(int64_t m) {
+        for_weight_tiles<kTileRows>(rows, [&]<int kRows>(int64_t m) {
             Output tile = {c.data + m * c.ld, c.ld, c.first, c.bias};
-            plain_tile<Step, kRows>(panel + k0 / Step::kStep * Step::kBytes, x.rows + m * x.stride + k0 * act_bytes,
-                                    x.stride, depth, tile);
+            const char *w = panel + k0 / Step::kStep * Step::kBytes, *next = w + depth / Step::kStep * Step::kBytes;
+            const Ahead ahead = ahead_of(next, next - w, m, depth / Step::kStep);
+            plain_tile<Step, kRows>(w, x.rows + m * x.stride + k0 * act_bytes, x.stride, depth, ahead, tile);
         });
     }
 }
@@ -434,6 +470,7 @@ void plain_item(const char* panel, int64_t k, int act_bytes, const Activations& 
 template <class Codes, class Math>
 void expand(const char* codes, int64_t depth, char* out) {
     for (int64_t k = 0; k < depth; k += kUnitCodes<Codes>) {
+        for (int line = 0; line < kUnitBytes<Codes>; line += 64) __builtin_prefetch(codes + kPrefetch + line);
         for (int col = 0; col < kPanel; col += kW) {
             for_quads<Codes, 1>(codes + col * 4, [&](const VU(&q)[1], int j) {
                 if constexpr (__is_same(Math, IntMath)) {
@@ -457,18 +494,20 @@ void expand(const char* codes, int64_t depth, char* out) {
 
 template <class Step, int kMost>
 void grouped_rows(const Groups& g, int64_t k0, const Activations& x, int64_t rows, const Output& c) {
-    for_row_tiles<kMost>(rows, [&]<int kRows>(int64_t m) {
+    for_weight_tiles<kMost>(rows, [&]<int kRows>(int64_t m) {
         Output tile = {c.data + m * c.ld, c.ld, c.first, c.bias};
         const Activations tile_x = shifted(x, m);
         const char* a = tile_x.rows + k0 * Step::Math::kActivation;
+        const int64_t bytes = g.count * g.stride;
+        const Ahead ahead = ahead_of(g.codes + bytes, bytes, m, g.count * (g.size / Step::kStep));
         if (g.sliced) {
-            sliced_tile<Step, kRows>(g, tile_x, a, tile);
+            sliced_tile<Step, kRows>(g, tile_x, a, ahead, tile);
         } else if (g.scales) {
-            if (g.zeros) return grouped_tile<Step, kRows, ScalesAt<false, true>>(g, tile_x, a, tile);
-            grouped_tile<Step, kRows, ScalesAt<false, false>>(g, tile_x, a, tile);
+            if (g.zeros) return grouped_tile<Step, kRows, ScalesAt<false, true>>(g, tile_x, a, ahead, tile);
+            grouped_tile<Step, kRows, ScalesAt<false, false>>(g, tile_x, a, ahead, tile);
         } else if constexpr (Step::kPacked) {
-            if (g.minima) return grouped_tile<Step, kRows, ScalesAt<true, true>>(g, tile_x, a, tile);
-            grouped_tile<Step, kRows, ScalesAt<true, false>>(g, tile_x, a, tile);
+            if (g.minima) return grouped_tile<Step, kRows, ScalesAt<true, true>>(g, tile_x, a, ahead, tile);
+            grouped_tile<Step, kRows, ScalesAt<true, false>>(g, tile_x, a, ahead, tile);
         }
     });
 }
@@ -482,26 +521,27 @@ void codes_item(const Call& call, const LinearShape& shape, const char* panel, c
     float* scales = reinterpret_cast<float*>(scratch);
     float* zeros = scales + shape.block * kPanel;
     char* expanded = reinterpret_cast<char*>(zeros + shape.block * kPanel);
-    const bool direct = kInPlace || rows <= kDirectRows;
     const bool one_group = shape.groups == 1;
-    const bool tiled = kTiles && __is_same(Math, IntMath) && one_group && (kInPlace ? rows >= kLeastTileRows : !direct);
     // A single group may be cut: a few rows take it whole, many in slices that stay in the cache.
     const int64_t slice = !one_group || rows <= kDirectRows ? shape.group : kInPlace ? kDepthBlock : shape.depth;
     const float* bias = c.bias;
-    int64_t block = shape.block;
     Groups g = {};
     g.sliced = one_group;
     g.scales = scales;
     g.zeros = call.ints[kZeros] || (!Math::kCentred && call.ints[kOffset]) ? zeros : nullptr;
-    if (rows <= kDirectRows && !one_group) {
-        const bool plain_zeros = call.ints[kZeros] ? call.ints[kZeros] == kMinima : !g.zeros;
-        if (call.ints[kScaleFormat] == kScaleF16 && !call.ints[kOuter] && plain_zeros && call.ints[kCodes] != kFp4) {
-            g.scales = nullptr;
-            g.minima = g.zeros;
-            block = shape.groups;
-        }
-        while (g.scales && block % 2 == 0 && block * shape.group_bytes > kStreamBytes) block /= 2;
+    // Scales that a tile can read as they lie behind the codes.
+    const bool plain = call.ints[kScaleFormat] == kScaleF16 && !call.ints[kOuter] && call.ints[kCodes] != kFp4 &&
+                       (!g.zeros || call.ints[kZeros] == kMinima) && !one_group;
+    const bool direct = kInPlace || rows <= kMostDirectRows<Codes, Math> || (plain && kQuick<Codes, Math>);
+    int64_t block = shape.block;
+    if (plain && direct && (!kInPlace || rows <= kStreamRows)) {
+        g.scales = nullptr;
+        g.minima = g.zeros;
+        block = shape.groups;
+    } else if (rows <= kStreamRows && !one_group) {
+        while (block % 2 == 0 && block * shape.group_bytes > kStreamBytes) block /= 2;
     }
+    const bool tiled = kTiles && __is_same(Math, IntMath) && one_group && (kInPlace ? rows >= kLeastTileRows : !direct);
     for (int64_t i = 0; i < shape.groups; i += block) {
         g.first = i;
         g.count = shape.groups - i < block ? shape.groups - i : block;
