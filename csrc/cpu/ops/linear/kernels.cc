@@ -23,8 +23,7 @@ constexpr int kActBytes = kBf16Dot ? 2 : 4;  // a float activation next to bf16 
 constexpr int kDirectRows = 8, kDirectTile = kW == 16 ? 4 : 2;
 template <class Codes, class Math>
 constexpr bool kQuick = kW == 16 && __is_same(Codes, NibbleCodes) && Math::kCentred;
-template <class Codes, class Math>
-constexpr int kMostDirectRows = kQuick<Codes, Math> ? 48 : kDirectRows;
+constexpr int kQuickRows = 48;
 // Up to this many rows weights take longer to stream than to multiply: tiles that are not full fetch them as they go.
 constexpr int kStreamRows = kW == 16 ? 16 : 8;
 // Depth of a weight block that the rows of an item pass over while it stays in the cache. Where a
@@ -532,7 +531,8 @@ void codes_item(const Call& call, const LinearShape& shape, const char* panel, c
     // Scales that a tile can read as they lie behind the codes.
     const bool plain = call.ints[kScaleFormat] == kScaleF16 && !call.ints[kOuter] && call.ints[kCodes] != kFp4 &&
                        (!g.zeros || call.ints[kZeros] == kMinima) && !one_group;
-    const bool direct = kInPlace || rows <= kMostDirectRows<Codes, Math> || (plain && kQuick<Codes, Math>);
+    const bool quick = kQuick<Codes, Math> && !one_group && (plain || rows <= kQuickRows);
+    const bool direct = kInPlace || quick || rows <= kDirectRows;
     int64_t block = shape.block;
     if (plain && direct && (!kInPlace || rows <= kStreamRows)) {
         g.scales = nullptr;
