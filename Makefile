@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo install test test-aarch64 test-amx check lint format types bench bench-peers bench-quality sanitize clean
+.PHONY: help demo install test test-aarch64 test-amx check lint format types bench-peers bench-quality sanitize clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -57,9 +57,6 @@ test-amx: $(VENV)/.test ## Tests of the AMX kernels, emulated on a processor wit
 
 sanitize: $(VENV)/.test ## Kernel tests under the address, undefined-behaviour and thread sanitizers
 	PYTHON=$(BIN)/python tools/sanitize.sh
-
-bench: $(VENV)/.test ## Pelton beside transformers, interleaved; writes benchmarks/results/
-	$(BIN)/python -m benchmarks.transformers_side_by_side
 
 bench-peers: $(VENV)/.test ## Pelton beside llama.cpp, OpenVINO, vLLM and others, each in its own environment
 	$(BIN)/python -m benchmarks.peers $(ARGS)
