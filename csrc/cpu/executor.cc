@@ -35,30 +35,17 @@ Mapping::~Mapping() {
     if (data_) munmap(data_, bytes_);
 }
 
-void Executor::Share::reset(int64_t begin, int64_t end) {
-    bounds_.store(static_cast<uint64_t>(end) << 32 | static_cast<uint64_t>(begin), std::memory_order_relaxed);
-}
+void Executor::Share::reset(int64_t begin, int64_t end) { bounds_.store(pack(begin, end), std::memory_order_relaxed); }
 
-bool Executor::Share::take_front(int64_t most, int64_t* begin, int64_t* end) {
+bool Executor::Share::take(bool front, int64_t most, int64_t* begin, int64_t* end) {
     uint64_t now = bounds_.load(std::memory_order_relaxed), left;
     do {
-        *begin = static_cast<int64_t>(now & UINT32_MAX);
-        const auto stop = static_cast<int64_t>(now >> 32);
-        if (*begin >= stop) return false;
-        *end = std::min(*begin + most, stop);
-        left = now >> 32 << 32 | static_cast<uint64_t>(*end);
-    } while (!bounds_.compare_exchange_weak(now, left, std::memory_order_relaxed));
-    return true;
-}
-
-bool Executor::Share::take_back(int64_t most, int64_t* begin, int64_t* end) {
-    uint64_t now = bounds_.load(std::memory_order_relaxed), left;
-    do {
-        const auto first = static_cast<int64_t>(now & UINT32_MAX);
-        *end = static_cast<int64_t>(now >> 32);
-        if (first >= *end) return false;
-        *begin = std::max(first, *end - most);
-        left = static_cast<uint64_t>(*begin) << 32 | static_cast<uint64_t>(first);
+        const auto first = static_cast<int64_t>(now & UINT32_MAX), stop = static_cast<int64_t>(now >> 32);
+        if (first >= stop) return false;
+        const int64_t count = std::min(most, stop - first);
+        *begin = front ? first : stop - count;
+        *end = *begin + count;
+        left = front ? pack(*end, stop) : pack(first, *begin);
     } while (!bounds_.compare_exchange_weak(now, left, std::memory_order_relaxed));
     return true;
 }
@@ -253,12 +240,12 @@ void Executor::reset_share(const Work& work, int thread, Share* shares) {
 
 void Executor::do_wide(const Work& work, int thread, Share* shares) {
     int64_t begin, end;
-    while (shares[thread].take_front(work.cut.grain, &begin, &end)) {
+    while (shares[thread].take(true, work.cut.grain, &begin, &end)) {
         work.stage(*work.call, begin, end, workers_[thread]);
     }
     for (int i = 1; i < pool_.size(); ++i) {
         Share& other = shares[(thread + i) % pool_.size()];
-        while (other.take_back(work.cut.grain, &begin, &end)) work.stage(*work.call, begin, end, workers_[thread]);
+        while (other.take(false, work.cut.grain, &begin, &end)) work.stage(*work.call, begin, end, workers_[thread]);
     }
 }
 

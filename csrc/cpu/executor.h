@@ -78,11 +78,14 @@ private:
     class alignas(64) Share {
     public:
         void reset(int64_t begin, int64_t end);
-        // Takes up to `most` items; false if there are none.
-        bool take_front(int64_t most, int64_t* begin, int64_t* end);
-        bool take_back(int64_t most, int64_t* begin, int64_t* end);
+        // Takes up to `most` items from the front or the back; false if there are none.
+        bool take(bool front, int64_t most, int64_t* begin, int64_t* end);
 
     private:
+        static uint64_t pack(int64_t begin, int64_t end) {
+            return static_cast<uint64_t>(end) << 32 | static_cast<uint64_t>(begin);
+        }
+
         std::atomic<uint64_t> bounds_{0};  // the first in the lower half, the end in the upper
     };
 

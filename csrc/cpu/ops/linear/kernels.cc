@@ -42,10 +42,9 @@ constexpr int tile_vecs(int rows) {
 // read before its turn, the scales of a block of groups, must be nearer than that.
 constexpr int kPrefetch = 8192, kStreamBytes = 6144;
 
-template <int kVecs>
-PELTON_INLINE void prefetch(const char* w) {
+PELTON_INLINE void prefetch(const char* w, int64_t bytes) {
     PELTON_UNROLL
-    for (int line = 0; line < kVecs * kW * 4; line += 64) __builtin_prefetch(w + kPrefetch + line);
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(w + kPrefetch + line);
 }
 
 // Many rows compute on a block of weights for a while: meanwhile their full tiles fetch the next one, a line at a step,
@@ -63,7 +62,7 @@ PELTON_INLINE Ahead ahead_of(const char* next, int64_t bytes, int64_t m, int64_t
 template <int kVecs, int kRows>
 PELTON_INLINE void fetch(const char* w, Ahead& ahead) {
     if (kRows < kTileRows) {
-        prefetch<kVecs>(w);
+        prefetch(w, kVecs * kW * 4);
     } else {
         __builtin_prefetch(ahead.at);
         ahead.at += ahead.step;
@@ -324,10 +323,7 @@ void grouped_tile(const Groups& g, const Activations& x, const char* a, Ahead ah
                 for (int v = 0; v < kVecs; ++v) acc[m][v] = Math::start(x_starts + m * info);
             }
             multiply_group<Step>(acc, codes, size, ap, stride, ahead);
-            if (Step::kPacked && kRows < kTileRows) {
-                for (int64_t line = 0; line < tail; line += 64)
-                    __builtin_prefetch(codes + code_bytes + kPrefetch + line);
-            }
+            if (Step::kPacked && kRows < kTileRows) prefetch(codes + code_bytes, tail);
             const char* halves = codes + code_bytes - 2 * col;  // codes are four bytes a column
             PELTON_UNROLL
             for (int v = 0; v < kVecs; ++v) {
@@ -469,7 +465,7 @@ void plain_item(const char* panel, int64_t k, int act_bytes, const Activations& 
 template <class Codes, class Math>
 void expand(const char* codes, int64_t depth, char* out) {
     for (int64_t k = 0; k < depth; k += kUnitCodes<Codes>) {
-        for (int line = 0; line < kUnitBytes<Codes>; line += 64) __builtin_prefetch(codes + kPrefetch + line);
+        prefetch(codes, kUnitBytes<Codes>);
         for (int col = 0; col < kPanel; col += kW) {
             for_quads<Codes, 1>(codes + col * 4, [&](const VU(&q)[1], int j) {
                 if constexpr (__is_same(Math, IntMath)) {
@@ -497,7 +493,7 @@ void grouped_rows(const Groups& g, int64_t k0, const Activations& x, int64_t row
         Output tile = {c.data + m * c.ld, c.ld, c.first, c.bias};
         const Activations tile_x = shifted(x, m);
         const char* a = tile_x.rows + k0 * Step::Math::kActivation;
-        const int64_t bytes = g.count * g.stride;
+        const int64_t bytes = g.sliced ? g.size / Step::kStep * Step::kBytes : g.count * g.stride;
         const Ahead ahead = ahead_of(g.codes + bytes, bytes, m, g.count * (g.size / Step::kStep));
         if (g.sliced) {
             sliced_tile<Step, kRows>(g, tile_x, a, ahead, tile);
