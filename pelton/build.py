@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +82,16 @@ class Built:
     eos_token_ids: frozenset[int]
     vocab_size: int
 
-    @cached_property
-    def peak_bandwidth(self) -> float | None:
-        """Measured DRAM read bandwidth in bytes/s, for MBU; measured once per machine and kept."""
+    def peak_bandwidth(self, achieved: float = 0.0) -> float | None:
+        """Measured DRAM read bandwidth in bytes/s, for MBU; measured once per machine and kept.
+
+        achieved: bytes/s that somebody has read; a figure from another hour that is lower is measured again.
+        """
         if self.plan.config.device != "cpu":
             return None
         from .backends.cpu.peaks import measured_peaks
 
-        return measured_peaks(self.plan.isa, self.plan.threads).get("read_bandwidth")
+        return measured_peaks(self.plan.isa, self.plan.threads, achieved=achieved)["read_bandwidth"]
 
     def close(self) -> None:
         self.executor.close()

@@ -77,6 +77,8 @@ class Parts(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    def peak_bandwidth(self, achieved: float = 0.0) -> float | None: ...
+
     def close(self) -> None: ...
 
 
@@ -149,11 +151,12 @@ class LLM:
         """Tokens, prompt + output, that one conversation may have."""
         return self._engine.max_model_len
 
-    @property
-    def peak_bandwidth(self) -> float | None:
-        """Measured memory bandwidth of this machine in bytes/s; None if nobody measured it."""
-        peak = getattr(self._parts, "peak_bandwidth", None)
-        return None if peak is None else float(peak)
+    def peak_bandwidth(self, achieved: float = 0.0) -> float | None:
+        """Measured memory bandwidth of this machine in bytes/s; None if the device has no such figure.
+
+        achieved: bytes/s that you have seen. A figure of another hour that is lower is measured again.
+        """
+        return self._parts.peak_bandwidth(achieved)
 
     def stats(self) -> EngineStats:
         """Totals since the start."""

@@ -258,14 +258,20 @@ class Session:
 
 
 def statistics_line(
-    metrics: RequestMetrics, before: EngineStats, after: EngineStats, peak_bandwidth: float | None
+    metrics: RequestMetrics,
+    before: EngineStats,
+    after: EngineStats,
+    peak_bandwidth: Callable[[float], float | None],
 ) -> str:
     """``TTFT 41 ms · TPOT 6.2 ms · 161 tok/s · 128 tokens · MBU 43 %``, as far as these are known."""
     return " · ".join(_statistics(metrics, before, after, peak_bandwidth))
 
 
 def _statistics(
-    metrics: RequestMetrics, before: EngineStats, after: EngineStats, peak_bandwidth: float | None
+    metrics: RequestMetrics,
+    before: EngineStats,
+    after: EngineStats,
+    peak_bandwidth: Callable[[float], float | None],
 ) -> Iterator[str]:
     from ..metrics import mbu
 
@@ -276,8 +282,8 @@ def _statistics(
         yield f"{_short(1 / metrics.tpot)} tok/s"
     yield f"{metrics.num_output_tokens} token{'s' * (metrics.num_output_tokens != 1)}"
     num_bytes, seconds = after.decode_bytes - before.decode_bytes, after.decode_seconds - before.decode_seconds
-    if peak_bandwidth and num_bytes and seconds:
-        share = mbu(num_bytes, seconds, peak_bandwidth)
+    if num_bytes and seconds and (peak := peak_bandwidth(num_bytes / seconds)):
+        share = mbu(num_bytes, seconds, peak)
         # The peak is that of memory; a small model is read from the last-level cache, which is faster.
         yield f"MBU {share * 100:.0f} %" + (" (partly from cache)" if share > 1 else "")
 

@@ -208,10 +208,17 @@ def test_the_line_of_statistics_says_what_is_known():
     before = EngineStats(decode_bytes=1e9, decode_seconds=1.0)
     after = EngineStats(decode_bytes=44e9, decode_seconds=2.0)
     line = "TTFT 41 ms · TPOT 6.2 ms · 161 tok/s · 128 tokens"
-    assert statistics_line(metrics, before, after, 100e9) == f"{line} · MBU 43 %"
-    assert statistics_line(metrics, before, after, 10e9) == f"{line} · MBU 430 % (partly from cache)"
-    assert statistics_line(metrics, before, after, None) == line
-    assert statistics_line(RequestMetrics(0.0, token_times=(0.5,)), before, before, 1e9) == "TTFT 500 ms · 1 token"
+    asked = []
+
+    def peak(rate):
+        return lambda achieved: asked.append(achieved) or rate
+
+    assert statistics_line(metrics, before, after, peak(100e9)) == f"{line} · MBU 43 %"
+    assert asked == [43e9]  # a kept figure that is lower than this is measured again
+    assert statistics_line(metrics, before, after, peak(10e9)) == f"{line} · MBU 430 % (partly from cache)"
+    assert statistics_line(metrics, before, after, peak(None)) == line
+    first = RequestMetrics(0.0, token_times=(0.5,))
+    assert statistics_line(first, before, before, peak(1e9)) == "TTFT 500 ms · 1 token"
 
 
 def test_mbu_is_that_of_the_decode_steps(pelton, built):

@@ -82,7 +82,7 @@ class FakeBuilt:
         **executor: Any,
     ) -> None:
         self.tokenizer = None if without_tokenizer else tokenizer or FakeTokenizer()
-        self.peak_bandwidth = peak_bandwidth
+        self.bandwidth = peak_bandwidth
         self.prompts: list[list[int]] = []  # of every request, in the order of their first tokens
         self.specs: list[SampleSpec] = []
         self.closed = False
@@ -97,6 +97,9 @@ class FakeBuilt:
 
         limits: dict[str, Any] = {"num_blocks": 500, "max_model_len": 512}
         self.executor = FakeExecutor(vocab_size=VOCAB_SIZE, answer=next_id, **(limits | executor))
+
+    def peak_bandwidth(self, achieved: float = 0.0) -> float | None:
+        return self.bandwidth
 
     def close(self) -> None:
         self.closed = True
