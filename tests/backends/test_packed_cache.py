@@ -1,5 +1,7 @@
 """Packed weights on disk: found, checked, made again when they are not what they should be."""
 
+import io
+import itertools
 import json
 import os
 import shutil
@@ -189,6 +191,24 @@ def test_a_disk_that_fills_up_leaves_no_half_file(folder, cache, monkeypatch):
     with pytest.warns(UserWarning, match="No space left"):
         np.testing.assert_array_equal(logits(folder), expected)
     assert not list((cache / "packed").iterdir())
+
+
+def test_chunks_are_cut_where_huge_pages_end_and_nothing_is_lost(tmp_path, monkeypatch):
+    huge = packed_cache._HUGE_PAGE
+    data = np.random.default_rng(0).integers(0, 256, 5 * huge + 77, np.uint8)
+    ends = [0, 1, 4097, huge, 3 * huge - 5, 3 * huge + 3, 5 * huge, len(data)]
+    chunks = [data[i:j].data for i, j in itertools.pairwise(ends)]
+    sizes = []
+
+    class Raw(io.FileIO):
+        def write(self, block):
+            sizes.append(len(block))
+            return super().write(block)
+
+    monkeypatch.setattr(os, "fdopen", lambda f, mode, buffering: io.BufferedWriter(Raw(f, mode), buffering))
+    written = packed_cache._write(tmp_path / "x", chunks)
+    assert written.read_bytes() == data.tobytes()
+    assert sizes == [huge] * 5 + [77]
 
 
 PACK = """
