@@ -118,6 +118,53 @@ void check_int8(int64_t rows, int64_t depth) {
     }
 }
 
+// Every sum of a group arrives once, after those of the groups before, with the value of the definition.
+template <int kActivation>
+void check_groups(int64_t rows, int64_t size, int64_t count, bool stream) {
+    std::mt19937 r(static_cast<unsigned>(rows * 1000 + size * 10 + count));
+    std::normal_distribution<float> normal;
+    const int64_t row_bytes = size * kActivation, codes = row_bytes * kPanel, w_stride = codes + 192;
+    const int64_t stride = count * row_bytes + 6;
+    const int64_t a_bytes = stride * (rows - 1) + count * row_bytes, w_bytes = w_stride * (count - 1) + codes;
+    Guarded a(a_bytes), w(w_bytes);
+    const auto fill = [&](char* p, int64_t bytes) {
+        for (int64_t i = 0; i < bytes; i += kActivation) {
+            const uint16_t value = kActivation == 1 ? static_cast<uint16_t>(r() & 0xff) : to_bf16_scalar(normal(r));
+            std::memcpy(p + i, &value, kActivation);
+        }
+    };
+    std::memset(a.data(), 0xff, a_bytes);  // NaN between the rows and the groups
+    std::memset(w.data(), 0xff, w_bytes);
+    for (int64_t m = 0; m < rows; ++m) fill(a.data() + m * stride, count * row_bytes);
+    for (int64_t i = 0; i < count; ++i) fill(w.data() + i * w_stride, codes);
+    std::vector<int64_t> seen(rows * kPanel);
+    AmxTiles tiles;
+    const auto add = [&](const AmxSums& sums) {
+        check(sums.row + sums.rows <= rows && sums.col + kPanel / 2 <= kPanel, "rows of sums", rows, size);
+        const char* codes_of_group = w.data() + sums.group * w_stride;
+        for (int64_t i = 0; i < sums.rows * kPanel / 2; ++i) {
+            const int64_t m = sums.row + i / (kPanel / 2), n = sums.col + i % (kPanel / 2);
+            const char* x = a.data() + m * stride + sums.group * row_bytes;
+            const char* got = sums.data + i / (kPanel / 2) * kAmxSumsRow + i % (kPanel / 2) * 4;
+            check(seen[m * kPanel + n]++ == sums.group, "order of groups", rows, size);
+            if (kActivation == 2) {
+                const float want = bf16_sum(x, codes_of_group, size, n, 0.0f);
+                check(!std::memcmp(got, &want, 4), "bf16 group", rows, size);
+                continue;
+            }
+            int32_t want = 0;
+            for (int64_t k = 0; k < size; ++k) {
+                want +=
+                    static_cast<int8_t>(x[k]) * static_cast<uint8_t>(codes_of_group[(k / 4 * kPanel + n) * 4 + k % 4]);
+            }
+            check(!std::memcmp(got, &want, 4), "int8 group", rows, size);
+        }
+    };
+    amx_groups<typename AmxProduct<kActivation>::Type>(tiles, a.data(), stride, rows, w.data(), w_stride, row_bytes,
+                                                       count, stream, add);
+    for (int64_t n : seen) check(n == count, "a sum is missing", rows, size);
+}
+
 // 4096 deep, as bf16 and as int8. Best of several passes over all panels.
 void print_rates(int64_t megabytes) {
     constexpr int64_t kDepth = 4096, kStride = kDepth * 2 + 64;  // rows not a multiple of 4 KB apart
@@ -171,6 +218,12 @@ int main(int count, char** arguments) {
         check_bf16(rows, 130, 64);
         check_bf16(rows, 96, 32);
         for (int64_t depth : {4, 16, 32, 60, 64, 68, 128, 196, 1100}) check_int8(rows, depth);
+        for (int64_t size : {16, 32, 64, 128}) {
+            for (int64_t count : {1, 2, 5}) {
+                check_groups<1>(rows, size, count, count == 2);
+                check_groups<2>(rows, size, count, count == 2);
+            }
+        }
     }
     std::puts("ok");
     return 0;

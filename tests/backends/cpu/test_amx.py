@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from pelton.backends.cpu import packing
-from pelton.graph.types import ROW, GroupQuant
+from pelton.graph.types import BF16, F16, F32, ROW, U8, GroupQuant
 
 from .native import ISAS, NONE, Runner, native
-from .test_linear import linear, make_weight
+from .test_linear import QUANTIZED, linear, make_weight
 
 EMULATOR = ctypes.CDLL(None)
 emulated = pytest.mark.skipif(
@@ -62,6 +62,84 @@ def test_int8_tiles_give_the_bits_of_vectors(rows: int, dtype: GroupQuant) -> No
     tiles = linear("amx", x, weight, bias, mode=packing.INT8)
     assert (executed() > before) == (rows >= 5 and (dtype.bits == 8 or rows > 8))
     assert np.array_equal(tiles, linear("avx512_bf16", x, weight, bias, mode=packing.INT8))
+
+
+# Every format of codes, of scales and of zeros, and every size of a group that tiles take.
+GROUPED = [
+    *(q for q in QUANTIZED if 16 <= q.group_size <= 128),
+    GroupQuant(4, 16, False, F16),
+    GroupQuant(5, 128, True, F16),
+    GroupQuant(6, 64, False, F16),
+    GroupQuant(8, 16, True, F16),
+    GroupQuant(8, 64, False, BF16),
+    GroupQuant(8, 128, False, F32),
+    GroupQuant(4, 32, True, U8, outer=576),  # 18 groups share an outer factor, 6 of them are a block
+]
+INT8_GROUPED = [q for q in GROUPED if packing.int8_activations(q, "int8")]
+ROWS = [4, 5, 8, 9, 16, 17, 33, 40, 200]
+
+
+def products(rows: int, n: int, k: int, group_bytes: int, groups: int) -> int:
+    """Of tiles, at least: 16 rows x 64 bytes of k x 16 columns, of a group at a time."""
+    return -(-rows // 16) * -(-n // 64) * 4 * groups * -(-group_bytes // 64)
+
+
+@emulated
+@pytest.mark.parametrize("dtype", INT8_GROUPED, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_int8_groups_in_tiles_have_the_bits_of_vectors(rows: int, dtype: GroupQuant) -> None:
+    n, k = 70, 1152
+    weight, _ = make_weight(n, k, dtype)
+    x = np.random.default_rng(2).normal(size=(rows, k)).astype(np.float32)
+    x[rows // 2, k // 2 :] *= 1000
+    x[rows - 1, :130] = 0
+    bias = np.linspace(-1, 1, n).astype(np.float32)
+    before = executed()
+    tiles = linear("amx", x, weight, bias, mode=packing.INT8)
+    count = executed() - before
+    if rows >= (5 if packing.code_format(dtype) == packing.BYTE else 9):
+        assert count >= products(rows, n, k, dtype.group_size, k // dtype.group_size)
+    else:
+        assert count == 0
+    assert np.array_equal(tiles, linear("avx512_bf16", x, weight, bias, mode=packing.INT8))
+
+
+@emulated
+@pytest.mark.parametrize("group", [8, 72])
+def test_groups_that_fill_no_steps_stay_with_vectors(group: int) -> None:
+    x = np.random.default_rng(3).normal(size=(40, 288)).astype(np.float32)
+    weight, _ = make_weight(70, 288, GroupQuant(4, group, True, F16))
+    before = executed()
+    for mode in (packing.INT8, packing.FLOATS):
+        assert np.array_equal(linear("amx", x, weight, mode=mode), linear("avx512_bf16", x, weight, mode=mode))
+    assert executed() == before
+
+
+@emulated
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e-39, 1e30])
+def test_rows_that_int8_cannot_hold_come_from_tiles_as_from_vectors(value: float) -> None:
+    weight, _ = make_weight(64, 64, GroupQuant(8, 32, False, F16))
+    x = np.random.default_rng(4).normal(size=(20, 64)).astype(np.float32)
+    x[[0, 17], [40, 3]] = value
+    got = linear("amx", x, weight, mode=packing.INT8)
+    assert np.array_equal(got, linear("avx512_bf16", x, weight, mode=packing.INT8), equal_nan=True)
+    assert np.isfinite(np.delete(got, [0, 17], axis=0)).all()
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [*GROUPED, *(q for q in QUANTIZED if not q.group_size)], ids=str)
+def test_codes_next_to_floats_go_through_tiles_for_any_number_of_rows(dtype: GroupQuant) -> None:
+    n, k = 70, 1152
+    weight, _ = make_weight(n, k, dtype)
+    x = np.random.default_rng(5).normal(size=(40, k)).astype(np.float32)
+    bias = np.linspace(-1, 1, n).astype(np.float32)
+    group = dtype.group_size or k
+    many = linear("amx", x, weight, bias)
+    for rows in (slice(0, 1), slice(39, 40), slice(31, 34), slice(20, 37)):
+        before = executed()
+        part = linear("amx", x[rows], weight, bias)
+        assert executed() - before >= products(len(x[rows]), n, k, 2 * group, k // group)
+        assert np.array_equal(part, many[rows])
 
 
 @emulated

@@ -4,8 +4,8 @@
 //
 // Batch invariance: a bf16 result is the sum of one partial sum per 32 of k, in ascending order, each made of
 // an even and an odd chain. Rows do not meet, so a tile with one row gives the bits of one with 16. bf16
-// weights therefore must go through here whatever the number of rows, since vdpbf16ps sums in another order.
-// int8 is exact and mixes freely with VNNI.
+// weights, and codes as bf16, therefore must go through here whatever the number of rows, since vdpbf16ps sums in
+// another order. int8 is exact and mixes freely with VNNI.
 #pragma once
 
 #include "cpu/amx_tiles.h"
@@ -179,6 +179,97 @@ __attribute__((unused)) void amx_bf16_block(AmxTiles& tiles, const char* a, int6
 __attribute__((unused)) void amx_int8_block(AmxTiles& tiles, const char* a, int64_t a_stride, int64_t rows,
                                             const char* w, int64_t depth, int32_t* out, int64_t ld, bool first) {
     amx_block<AmxInt8>(tiles, a, a_stride, rows, w, depth, reinterpret_cast<char*>(out), ld * 4, first);
+}
+
+// The product for activations of so many bytes.
+template <int kBytes>
+struct AmxProduct {
+    typedef AmxBf16 Type;
+};
+template <>
+struct AmxProduct<1> {
+    typedef AmxInt8 Type;
+};
+
+// ---- groups of k, whose sums are scaled one by one before they are added up
+
+// Whether tiles multiply groups of so many bytes of a row: whole steps or a single shorter one. Groups of 8 codes are
+// nearly all scaling, which tiles do not do.
+constexpr bool amx_takes_groups(int64_t codes, int64_t row_bytes) {
+    return codes >= 16 && (row_bytes <= kAmxRowBytes || row_bytes % kAmxRowBytes == 0);
+}
+
+// Sums of one group: f32 or int32 [rows][32] for rows from `row` and half of the panel from `col`.
+struct AmxSums {
+    int64_t group, row, rows, col;
+    const char* data;
+};
+constexpr int kAmxSumsRow = 2 * kAmxRowBytes;
+
+template <class Product>
+PELTON_INLINE void amx_group(const char* upper, const char* lower, int64_t a_stride, const char* w, int64_t row_bytes) {
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+    for (int64_t k = 0; k < row_bytes; k += kAmxRowBytes, w += kAmxPanelStep) {
+        if (lower) {
+            amx_step_pair<Product>(upper + k, lower + k, a_stride, w);
+        } else {
+            tile_load<6>(w, kAmxPanelRow);
+            tile_load<4>(upper + k, a_stride);
+            tile_load<7>(w + kAmxRowBytes, kAmxPanelRow);
+            Product::template dot<0, 4, 6>();
+            Product::template dot<1, 4, 7>();
+        }
+    }
+}
+
+// `add` gets the sums of a[rows][count * row_bytes] x w, group after group for each element; amx_takes_groups holds.
+// A group of `w` is row_bytes / 4 rows as in a panel, `w_stride` bytes behind the one before. `stream`: w is in memory.
+//
+// Two tiles of rows and two of columns at a time keep sums, results and the block's codes in the L1 cache. The sums of
+// a group are scaled between the next group's products and their way into the buffer, so that vectors work while the
+// tile unit does. To be expected, and never timed: a tile's product takes 16 cycles for any group of up to 64 codes,
+// its store about 16, the scaling of its 16 vectors 32 to 48. So scaling is the limit for groups of 32, products and
+// scaling are even for int8 groups of about 128.
+template <class Product, class Add>
+PELTON_INLINE void amx_groups(AmxTiles& tiles, const char* a, int64_t a_stride, int64_t rows, const char* w,
+                              int64_t w_stride, int64_t row_bytes, int64_t count, bool stream, Add add) {
+    // The last 16 rows are multiplied together, some of them twice: that is cheaper than a tile of another shape,
+    // which would be configured anew for every block of groups.
+    const int64_t height = rows < kAmxRows ? rows : kAmxRows, last = rows - height;
+    tiles.shape_pair(static_cast<int>(height), static_cast<int>(height),
+                     static_cast<int>(row_bytes < kAmxRowBytes ? row_bytes : kAmxRowBytes));
+    alignas(64) char buffer[2 * kAmxRows * kAmxSumsRow];
+    AmxSums sums = {};
+    for (int64_t m = 0; m < rows; m += 2 * kAmxRows) {
+        const int64_t left = rows - m, upper = m < last ? m : last, lower = m + kAmxRows < last ? m + kAmxRows : last;
+        const bool pair = left > kAmxRows;
+        const char *upper_a = a + upper * a_stride, *lower_a = pair ? a + lower * a_stride : nullptr;
+        // Where the two meet, the same sums are stored twice.
+        char* lower_sums = buffer + (lower - upper) * kAmxSumsRow;
+        for (int64_t col = 0; col < kPanel; col += kPanel / 2) {
+            const char* codes = w + col * 4;
+            for (int64_t i = 0; i < count; ++i, codes += w_stride) {
+                if (stream && m == 0 && col == 0) {
+                    for (int64_t at = 0; at < w_stride; at += 64) __builtin_prefetch(codes + kAmxPrefetch + at);
+                }
+                const int64_t k = i * row_bytes;
+                amx_group<Product>(upper_a + k, pair ? lower_a + k : nullptr, a_stride, codes, row_bytes);
+                if (sums.rows) add(sums);
+                tile_store<0>(buffer, kAmxSumsRow);
+                tile_store<1>(buffer + kAmxRowBytes, kAmxSumsRow);
+                if (pair) {
+                    tile_store<2>(lower_sums, kAmxSumsRow);
+                    tile_store<3>(lower_sums + kAmxRowBytes, kAmxSumsRow);
+                }
+                sums = {i, m, pair && left > 2 * kAmxRows ? 2 * kAmxRows : left, col,
+                        buffer + (m - upper) * kAmxSumsRow};
+            }
+        }
+    }
+    add(sums);
 }
 
 }  // namespace

@@ -402,9 +402,7 @@ void sliced_tile(const Groups& g, const Activations& x, const char* a, Ahead ahe
 // ---- one item: a panel and a block of rows
 
 #if defined(__AMX_TILE__)
-// All rows, whatever their number: the sums of tiles are not those of vectors.
-void tiles_item(AmxTiles& tiles, const char* panel, int64_t k, const Activations& x, int64_t rows, const Output& c) {
-    amx_bf16_block(tiles, x.rows, x.stride, rows, panel, k, c.data, c.ld, true);
+void add_bias(int64_t rows, const Output& c) {
     if (!c.bias) return;
     for (int64_t m = 0; m < rows; ++m) {
         for (int col = 0; col < kPanel; col += kW) {
@@ -414,29 +412,95 @@ void tiles_item(AmxTiles& tiles, const char* panel, int64_t k, const Activations
     }
 }
 
-// A slice as sliced_tile does it, for many rows.
+// All rows, whatever their number: the sums of tiles are not those of vectors.
+void tiles_item(AmxTiles& tiles, const char* panel, int64_t k, const Activations& x, int64_t rows, const Output& c) {
+    amx_bf16_block(tiles, x.rows, x.stride, rows, panel, k, c.data, c.ld, true);
+    add_bias(rows, c);
+}
+
+// Sums of a tile as if they had started like those of vectors.
+template <class Math>
+PELTON_INLINE typename Math::Acc started(const void* sums, int32_t start) {
+    typename Math::Acc acc = reinterpret_cast<typename Math::Acc>(load_u32(sums));
+    if constexpr (__is_same(Math, IntMath)) acc += start;
+    return acc;
+}
+
+// A slice as sliced_tile does it.
+template <class Math>
 void sliced_tiles(AmxTiles& tiles, const Groups& g, const Activations& x, const char* a, int64_t rows,
                   const Output& c) {
-    amx_int8_block(tiles, a, x.stride, rows, g.codes, g.size, reinterpret_cast<int32_t*>(c.data), c.ld, c.first);
+    amx_block<typename AmxProduct<Math::kActivation>::Type>(tiles, a, x.stride, rows, g.codes,
+                                                            g.size * Math::kActivation, reinterpret_cast<char*>(c.data),
+                                                            c.ld * 4, c.first);
     if (!g.ends_group) return;
     for (int64_t m = 0; m < rows; ++m) {
         for (int col = 0; col < kPanel; col += kW) {
             float* y = c.data + m * c.ld + col;
-            const VI acc = reinterpret_cast<VI>(load(y)) + x.starts[m * x.info_stride];
-            store(y, finished<IntMath>(acc, g, x, m, col, c.bias));
+            store(y, finished<Math>(started<Math>(y, x.starts[m * x.info_stride]), g, x, m, col, c.bias));
         }
     }
+}
+
+// Groups as grouped_tile does it: int8 to the same bits.
+template <class Math, bool kZeros>
+void grouped_tiles(AmxTiles& tiles, const Groups& g, const Activations& x, const char* a, int64_t rows, const Output& c,
+                   bool stream) {
+    constexpr int kVecs = kPanel / 2 / kW;
+    for (int64_t m = 0; c.first && m < rows; ++m) __builtin_memset(c.data + m * c.ld, 0, kPanel * 4);
+    const int64_t ld = c.ld, info = x.info_stride;
+    const auto add = [&](const AmxSums& sums) {
+        VF scale[kVecs], zero[kVecs];
+        PELTON_UNROLL
+        for (int v = 0; v < kVecs; ++v) {
+            const int64_t at = sums.group * kPanel + sums.col + v * kW;
+            scale[v] = load(g.scales + at);
+            zero[v] = kZeros ? load(g.zeros + at) : VF{};
+        }
+        const int64_t first = sums.row * info + g.first + sums.group;
+        const float *x_scales = x.scales + first, *x_sums = x.sums + first;
+        const int32_t* x_starts = x.starts + first;
+        const char* from = sums.data;
+        float* y = c.data + sums.row * ld + sums.col;
+        for (int64_t m = 0; m < sums.rows; ++m) {
+            const float x_scale = x_scales[m * info], x_sum = x_sums[m * info];
+            const int32_t start = x_starts[m * info];
+            PELTON_UNROLL
+            for (int v = 0; v < kVecs; ++v) {
+                VF now =
+                    Math::scaled(started<Math>(from + v * kAmxRowBytes, start), scale[v], &x_scale, load(y + v * kW));
+                if (kZeros) now = fma(zero[v], splat(x_sum), now);
+                store(y + v * kW, now);
+            }
+            from += kAmxSumsRow;
+            y += ld;
+        }
+    };
+    amx_groups<typename AmxProduct<Math::kActivation>::Type>(tiles, a, x.stride, rows, g.codes, g.stride,
+                                                             g.size * Math::kActivation, g.count, stream, add);
+    add_bias(rows, c);
+}
+
+template <class Math>
+void code_tiles(AmxTiles& tiles, const Groups& g, const Activations& x, const char* a, int64_t rows, const Output& c,
+                bool stream) {
+    if (g.sliced) return sliced_tiles<Math>(tiles, g, x, a, rows, c);
+    if (g.zeros) return grouped_tiles<Math, true>(tiles, g, x, a, rows, c, stream);
+    grouped_tiles<Math, false>(tiles, g, x, a, rows, c, stream);
 }
 
 constexpr bool kTiles = true;
 #else
 struct AmxTiles {};
+constexpr bool amx_takes_groups(int64_t, int64_t) { return false; }
 void tiles_item(AmxTiles&, const char*, int64_t, const Activations&, int64_t, const Output&) {}
-void sliced_tiles(AmxTiles&, const Groups&, const Activations&, const char*, int64_t, const Output&) {}
+template <class Math>
+void code_tiles(AmxTiles&, const Groups&, const Activations&, const char*, int64_t, const Output&, bool) {}
 constexpr bool kTiles = false;
 #endif
-// From here on tiles take fewer cycles than vectors for int8, which is exact either way.
-constexpr int kLeastTileRows = 5;
+// From here on tiles take fewer cycles than vectors for int8, which is exact either way: codes that are used in place,
+// and those that are expanded first.
+constexpr int kLeastTileRows = 5, kLeastExpandedTileRows = kDirectRows + 1;
 
 // Register tiles of up to kMost rows; of fewer where the weights are to stream.
 template <int kMost, class F>
@@ -517,8 +581,12 @@ void codes_item(const Call& call, const LinearShape& shape, const char* panel, c
     float* zeros = scales + shape.block * kPanel;
     char* expanded = reinterpret_cast<char*>(zeros + shape.block * kPanel);
     const bool one_group = shape.groups == 1;
+    // Sums of floats must come from tiles for any number of rows if they do for one.
+    const bool tiled = kTiles && (one_group || amx_takes_groups(shape.group, shape.group * Math::kActivation)) &&
+                       (!Math::kCentred || rows >= (kInPlace ? kLeastTileRows : kLeastExpandedTileRows));
     // A single group may be cut: a few rows take it whole, many in slices that stay in the cache.
-    const int64_t slice = !one_group || rows <= kDirectRows ? shape.group : kInPlace ? kDepthBlock : shape.depth;
+    const bool whole = !one_group || (rows <= kDirectRows && (kInPlace || !tiled));
+    const int64_t slice = whole ? shape.group : kInPlace ? kDepthBlock : shape.depth;
     const float* bias = c.bias;
     Groups g = {};
     g.sliced = one_group;
@@ -528,16 +596,15 @@ void codes_item(const Call& call, const LinearShape& shape, const char* panel, c
     const bool plain = call.ints[kScaleFormat] == kScaleF16 && !call.ints[kOuter] && call.ints[kCodes] != kFp4 &&
                        (!g.zeros || call.ints[kZeros] == kMinima) && !one_group;
     const bool quick = kQuick<Codes, Math> && !one_group && (plain || rows <= kQuickRows);
-    const bool direct = kInPlace || quick || rows <= kDirectRows;
+    const bool direct = kInPlace || (!tiled && (quick || rows <= kDirectRows));
     int64_t block = shape.block;
-    if (plain && direct && (!kInPlace || rows <= kStreamRows)) {
+    if (plain && direct && !tiled && (!kInPlace || rows <= kStreamRows)) {
         g.scales = nullptr;
         g.minima = g.zeros;
         block = shape.groups;
     } else if (rows <= kStreamRows && !one_group) {
         while (block % 2 == 0 && block * shape.group_bytes > kStreamBytes) block /= 2;
     }
-    const bool tiled = kTiles && __is_same(Math, IntMath) && one_group && (kInPlace ? rows >= kLeastTileRows : !direct);
     for (int64_t i = 0; i < shape.groups; i += block) {
         g.first = i;
         g.count = shape.groups - i < block ? shape.groups - i : block;
@@ -559,7 +626,7 @@ void codes_item(const Call& call, const LinearShape& shape, const char* panel, c
                 g.stride = size;
             }
             if (tiled) {
-                sliced_tiles(tiles, g, x, x.rows + at, rows, c);
+                code_tiles<Math>(tiles, g, x, x.rows + at * Math::kActivation, rows, c, direct);
             } else if (direct) {
                 grouped_rows<Direct, kInPlace ? kTileRows : kDirectTile>(g, at, x, rows, c);
             } else {
