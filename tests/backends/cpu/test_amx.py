@@ -161,23 +161,39 @@ def test_a_row_of_tiles_has_the_same_bits_whatever_is_beside_and_behind_it(shape
 
 @emulated
 @pytest.mark.parametrize("value", [np.inf, np.nan])
-@pytest.mark.parametrize("window", [0, 5, 40])
+@pytest.mark.parametrize("window", [0, 5, 40, 90])
 @pytest.mark.parametrize("group", [1, 2, 5])
 def test_rows_of_a_tile_do_not_share_what_only_some_of_them_see(group: int, window: int, value: float) -> None:
-    shape = Shape(heads=group, kv_heads=1, head_dim=40, window=window)
+    # With a window of 90 and positions from 50 on, tiles that see a part of 64 keys, all, and a part take turns.
+    shape = Shape(heads=group, kv_heads=1, head_dim=40, block_size=64 if window == 90 else 16, window=window)
     clean = Sequence.random(shape, 120, 0)
     spoilt = clean.v.copy()
     spoilt[[0, 66, 69, 100], [0, 3, 39, 17]] = value
     want = Model("amx", shape, [clean]).step([(0, 0, 120)])[0].reshape(120, group, 40)
     model = Model("amx", shape, [replace(clean, v=spoilt)])
     model.write(0, 0, 120)
-    for cuts in ([0, 120], [0, 64, 67, 68, 71, 90, 119, 120]):
+    for cuts in ([0, 120], [0, 50, 98, 120], [0, 64, 67, 68, 71, 90, 119, 120]):
         got = np.concatenate([model.step([(0, a, b)])[0] for a, b in pairwise(cuts)]).reshape(120, group, 40)
         reached = np.zeros((120, 1, 40), bool)
         for token, column in [(0, 0), (66, 3), (69, 39), (100, 17)]:
             reached[token : token + window if window else 120, :, column] = True
         assert np.array_equal(bits(got[~reached.repeat(group, 1)]), bits(want[~reached.repeat(group, 1)]))
         assert not np.isfinite(got[reached.repeat(group, 1)]).any()
+
+
+@emulated
+def test_a_zero_keeps_its_sign_beside_rows_that_see_more_keys() -> None:
+    """What was -6e-12 before a score 83 higher is -0 behind it, to which a row that sees no more adds nothing."""
+    shape = Shape(heads=1, kv_heads=1, head_dim=8)
+    sequence = Sequence(*(np.zeros((132, 8), np.float32) for _ in range(3)))
+    sequence.q[:] = 1
+    sequence.k[100] = 29.375
+    sequence.v[:64] = -1e-13
+    model = Model("amx", shape, [sequence])
+    model.write(0, 0, 132)
+    alone = np.concatenate([model.step([(0, p, p + 1)])[0] for p in range(120, 132)])
+    assert (np.signbit(alone[:8]) & (alone[:8] == 0)).all()
+    assert np.array_equal(bits(model.step([(0, 120, 132)])[0]), bits(alone))
 
 
 @emulated
