@@ -377,9 +377,9 @@ PELTON_INLINE void attend_keys(const Problem& p, const AttentionTile& tile, int6
         attend_by_tiles<Cache>(p, tile, kv_head, base, s, at, next, begin, end, tiles);
         return;
     }
-    if constexpr (Cache::kDot && !Cache::kBytes) return;  // bf16 always does
 #endif
-    attend_tile<Cache>(p, tile, kv_head, base, s, at, next, begin, end);
+    constexpr bool kOnlyTiles = kTiles && Cache::kDot && !Cache::kBytes;
+    if constexpr (!kOnlyTiles) attend_tile<Cache>(p, tile, kv_head, base, s, at, next, begin, end);
 }
 
 template <class Cache>
@@ -496,7 +496,6 @@ void attention_tiles(const Call& call, int64_t first, int64_t end, Worker& worke
     s.highs = reinterpret_cast<int32_t*>(floats(kRowTile));
     s.biases = reinterpret_cast<int32_t*>(floats(kRowTile));
     s.positions = reinterpret_cast<int32_t*>(floats(kRowTile));
-
     s.amx = amx_scratch(at, p.layout.padded);
 
     AmxTiles amx;
