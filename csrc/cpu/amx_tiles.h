@@ -45,6 +45,20 @@ struct AmxInt8 {  // signed x unsigned
     }
 };
 
+struct AmxSigned {  // signed x signed
+    template <int kC, int kA, int kB>
+    static PELTON_INLINE void dot() {
+        __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
+    }
+};
+
+struct AmxUnsigned {  // unsigned x signed
+    template <int kC, int kA, int kB>
+    static PELTON_INLINE void dot() {
+        __asm__ volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kC), "i"(kA), "i"(kB));
+    }
+};
+
 // The calling thread's tiles for the length of a stage. At the end they are released: a thread that holds
 // tiles makes every context switch save 8 KB more, and thread 0 of the pool belongs to the caller.
 // Configuring clears all tiles and costs some hundred cycles, so it is left out when the shape stays.

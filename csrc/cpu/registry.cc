@@ -56,7 +56,7 @@ const std::vector<Tier>& tiers() {
         {"avx512", {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, {PELTON_ALL(avx512)}, &avx512::peak_kernels},
         {"avx512_bf16", {"avx512_bf16", "avx512_vnni"}, {PELTON_SPECIAL(avx512_bf16)}, &avx512_bf16::peak_kernels},
 #if defined(PELTON_HAS_AMX)
-        {"amx", {"amx_tile", "amx_bf16", "amx_int8"}, {amx::linear_kernels}, &amx::peak_kernels},
+        {"amx", {"amx_tile", "amx_bf16", "amx_int8"}, {PELTON_SPECIAL(amx)}, &amx::peak_kernels},
 #endif
 #endif
     };

@@ -9,6 +9,9 @@ import ctypes
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +21,7 @@ from pelton.backends.cpu import packing
 from pelton.graph.types import BF16, F16, F32, ROW, U8, GroupQuant
 
 from .native import ISAS, NONE, Runner, native
+from .test_attention import BF16_CACHE, F32_CACHE, INT8_CACHE, Model, Sequence, Shape
 from .test_linear import QUANTIZED, linear, make_weight
 
 EMULATOR = ctypes.CDLL(None)
@@ -142,10 +146,140 @@ def test_codes_next_to_floats_go_through_tiles_for_any_number_of_rows(dtype: Gro
         assert np.array_equal(part, many[rows])
 
 
+def bits(x: Any) -> Any:
+    """Zeros of unlike sign differ here, NaNs do not."""
+    return np.where(np.isnan(x), np.uint32(0x7FC00000), np.ascontiguousarray(x).view(np.uint32))
+
+
+@emulated
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 17, 70])
+@pytest.mark.parametrize("group", [1, 3, 7])
+def test_attention_over_bf16_goes_through_tiles_that_no_thread_keeps(group: int, tokens: int, threads: int) -> None:
+    """Whatever the number of rows, or a row's bits would depend on its company."""
+    shape = Shape(heads=2 * group, kv_heads=2, head_dim=64)
+    model = Model("amx", shape, [Sequence.random(shape, 200, 1)], threads)
+    model.write(0, 0, 200 - tokens)
+    before = executed()
+    model.step([(0, 200 - tokens, 200)])
+    # Per KV head, 16 rows and key tile (the first 2 of 4 are seen by all) 4 products and 5 loads for each of two steps
+    # in depth and two of 32 values. Tiles of 48 rows are filled one by one.
+    tiles = sum(-(-min(48, tokens * group - r) // 16) for r in range(0, tokens * group, 48))
+    assert executed() - before >= 2 * tiles * 2 * 9 * 4
+    assert EMULATOR.amx_emulator_configured_threads() == 0  # while the executor and its threads live
+
+
+@emulated
+@pytest.mark.parametrize("format", [F32_CACHE, BF16_CACHE, INT8_CACHE])
+def test_a_stage_without_products_for_tiles_configures_none(format: int) -> None:
+    shape = Shape(heads=1, kv_heads=1, format=format)
+    model = Model("amx", shape, [Sequence.random(shape, 3, 1)])
+    before = executed()
+    model.step([(0, 0, 3)])  # 3 rows of int8 are left to vectors
+    assert (executed() > before) == (format == BF16_CACHE)
+
+
+INT8_SHAPES = [
+    Shape(heads=2, kv_heads=2, head_dim=64),
+    Shape(heads=4, kv_heads=1, head_dim=32, block_size=64),
+    Shape(heads=9, kv_heads=3, head_dim=80, block_size=48, window=70),
+    Shape(heads=14, kv_heads=2, head_dim=20, alibi=True),
+    Shape(heads=10, kv_heads=2, head_dim=98, softcap=5.0, window=7),
+    Shape(heads=34, kv_heads=1, head_dim=128, block_size=32),
+    Shape(heads=4, kv_heads=1, head_dim=16),
+]
+
+
+@emulated
+@pytest.mark.parametrize("shape", INT8_SHAPES, ids=str)
+def test_attention_over_int8_has_the_bits_of_vectors(shape: Shape) -> None:
+    """Sums of int8 are exact, so the tiers may differ in nothing; a few rows stay with vectors."""
+    shape = replace(shape, format=INT8_CACHE)
+    sequence = Sequence.random(shape, 700, 2)
+    sequence.q[650] *= 1e30  # scores overflow
+    sequence.q[655, 0] = np.inf
+    sequence.v[640:660] *= 1e-20
+    models = [Model(isa, shape, [sequence], threads=2) for isa in ("amx", "avx512_bf16")]
+    for begin, end in pairwise([0, 1, 3, 7, 37, 96, 150, 511, 513, 641, 657, 698, 699, 700]):
+        before = executed()
+        tiles, vectors = (model.step([(0, begin, end)])[0] for model in models)
+        least = (end - begin) * (shape.heads // shape.kv_heads) >= 4
+        assert (executed() > before) == (least and shape.head_dim > 16)
+        assert np.array_equal(bits(tiles), bits(vectors)), (begin, end)
+
+
+BF16_SHAPES = [
+    Shape(heads=1, kv_heads=1, head_dim=8),
+    Shape(heads=34, kv_heads=2, head_dim=80, block_size=48),
+    Shape(heads=8, kv_heads=2, head_dim=34, block_size=64, window=70),
+    Shape(heads=10, kv_heads=1, head_dim=128, block_size=32, window=9),
+    Shape(heads=3, kv_heads=3, head_dim=256),
+]
+
+
+@emulated
+@pytest.mark.parametrize("scale", [1.0, 1e-37])
+@pytest.mark.parametrize("shape", BF16_SHAPES, ids=str)
+def test_a_row_of_tiles_has_the_same_bits_whatever_is_beside_and_behind_it(shape: Shape, scale: float) -> None:
+    """Chunks that end anywhere in a key tile, on one thread and on five; what was not written yet is a NaN. With the
+    small scale products underflow, where a zero might get the sign of a value that a row does not see."""
+    length = 300
+    sequence, old = Sequence.random(shape, length, 5), Sequence.random(shape, length, 6)
+    sequence.v *= scale
+    for part in (old.k, old.v):
+        part[:] = np.nan
+    whole = Model("amx", shape, [sequence], threads=1).step([(0, 0, length)])[0]
+    for threads, cuts in [(1, [0, 1, 40, 64, 65, 81, 127, 130, length]), (5, [0, 17, 191, 192, 200, 298, 299, length])]:
+        model = Model("amx", shape, [sequence, old, old], threads)
+        model.blocks[1] = model.blocks[0]
+        model.write(1, 0, length)
+        parts = [model.step([(0, a, b), (2, a, b)])[0] for a, b in pairwise(cuts)]
+        assert np.array_equal(bits(np.concatenate(parts)), bits(whole)), threads
+
+
+@emulated
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize("window", [0, 5, 40, 90])
+@pytest.mark.parametrize("group", [1, 2, 5])
+def test_rows_of_a_tile_do_not_share_what_only_some_of_them_see(group: int, window: int, value: float) -> None:
+    # With a window of 90 and positions from 50 on, tiles that see a part of 64 keys, all, and a part take turns.
+    shape = Shape(heads=group, kv_heads=1, head_dim=40, block_size=64 if window == 90 else 16, window=window)
+    clean = Sequence.random(shape, 120, 0)
+    spoilt = clean.v.copy()
+    spoilt[[0, 66, 69, 100], [0, 3, 39, 17]] = value
+    want = Model("amx", shape, [clean]).step([(0, 0, 120)])[0].reshape(120, group, 40)
+    model = Model("amx", shape, [replace(clean, v=spoilt)])
+    model.write(0, 0, 120)
+    for cuts in ([0, 120], [0, 50, 98, 120], [0, 64, 67, 68, 71, 90, 119, 120]):
+        got = np.concatenate([model.step([(0, a, b)])[0] for a, b in pairwise(cuts)]).reshape(120, group, 40)
+        reached = np.zeros((120, 1, 40), bool)
+        for token, column in [(0, 0), (66, 3), (69, 39), (100, 17)]:
+            reached[token : token + window if window else 120, :, column] = True
+        assert np.array_equal(bits(got[~reached.repeat(group, 1)]), bits(want[~reached.repeat(group, 1)]))
+        assert not np.isfinite(got[reached.repeat(group, 1)]).any()
+
+
+@emulated
+def test_a_zero_keeps_its_sign_beside_rows_that_see_more_keys() -> None:
+    """What was -6e-12 before a score 83 higher is -0 behind it, to which a row that sees no more adds nothing."""
+    shape = Shape(heads=1, kv_heads=1, head_dim=8)
+    sequence = Sequence(*(np.zeros((132, 8), np.float32) for _ in range(3)))
+    sequence.q[:] = 1
+    sequence.k[100] = 29.375
+    sequence.v[:64] = -1e-13
+    model = Model("amx", shape, [sequence])
+    model.write(0, 0, 132)
+    alone = np.concatenate([model.step([(0, p, p + 1)])[0] for p in range(120, 132)])
+    assert (np.signbit(alone[:8]) & (alone[:8] == 0)).all()
+    assert np.array_equal(bits(model.step([(0, 120, 132)])[0]), bits(alone))
+
+
 @emulated
 def test_other_tiers_leave_amx_alone() -> None:
     before = executed()
     native.measure_peaks("avx512_bf16", 1, 0.0)
+    shape = Shape(heads=8, kv_heads=2)
+    Model("avx512_bf16", shape, [Sequence.random(shape, 70, 0)]).step([(0, 0, 70)])
     assert executed() == before
 
 

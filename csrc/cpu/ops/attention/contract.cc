@@ -206,7 +206,9 @@ static int64_t scratch_bytes(const Call& call) {
     // Packed queries, the output of a split and of those before it, sums by lane, some numbers; then scores
     // and probabilities of a register tile.
     const int64_t padded = (call.ints[attention::kHeadDim] + 15) / 16 * 16;
-    return kRowTile * (3 * padded * 4 + 64 + 64) + 2 * kMostTileRows * kKeyTile * 4;
+    // With AMX scores and probabilities of more rows, as many sums, keys of one step in depth, values.
+    const int64_t amx = (3 * kAmxTileRows * 4 + 64 + padded * 2) * kKeyTile;
+    return kRowTile * (3 * padded * 4 + 64 + 64) + 2 * kMostTileRows * kKeyTile * 4 + amx;
 }
 
 const Contract kAttention = {

@@ -18,6 +18,7 @@ constexpr int kSplit = 512;
 // outputs stay in the L2 cache next to the key tiles.
 constexpr int kRowTile = 48;
 constexpr int kMostTileRows = 6;  // rows of a register tile on any tier
+constexpr int kAmxTileRows = 16;  // rows of an AMX tile
 // Tokens of a cache block are kept in groups of this size; block_size is a multiple of it.
 constexpr int kTokenGroup = 16;
 

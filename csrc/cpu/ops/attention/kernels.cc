@@ -2,11 +2,13 @@
 // maximum, sum and output per row. Scores of 64 keys, then probabilities, then values, each as a small
 // matrix product in registers. With vdpbf16ps and a bf16 cache, queries and probabilities are rounded to
 // bf16; with vpdpbusd and an int8 cache, to 15 and 16 bits, which is finer, and products are exact.
-// Otherwise the arithmetic is f32.
+// Otherwise the arithmetic is f32. With AMX the products of both caches are made of tiles (amx.h), of an int8
+// cache where there are rows enough.
 //
 // Batch invariance: key tiles start at multiples of kKeyTile, splits at multiples of kSplit, and every
 // operation on a row is done in an order that depends on nothing but the key positions. A tile or split that
 // is masked for a row leaves it as it is.
+#include "cpu/ops/attention/amx.h"
 #include "cpu/ops/attention/tile.h"
 #include "cpu/row_tiles.h"
 #include "cpu/simd_math.h"
@@ -38,6 +40,7 @@ struct Scratch {
     float *corrections, *units, *factors;  // units: of probabilities; factors: of scores
     int32_t *lows, *highs;                 // the keys [low, high) of the current tile that a row sees
     int32_t *biases, *positions;           // biases: of scores
+    AmxScratch amx;
 };
 
 struct Problem {
@@ -143,6 +146,10 @@ void load_queries(const Problem& p, const AttentionTile& tile, const Scratch& s)
                 const float* from =
                     q + (p.query_start + token) * call.ints[kLdQ] + (head + row - token * p.group) * p.head_dim;
                 const int64_t elements = load_query<Cache>(p, from, s, state, reinterpret_cast<char*>(packed));
+                if (takes_tiles<Cache>(head_rows, p.head_dim)) {
+                    amx_store_query<Cache>(s.queries + state * p.q_stride, packed, p.layout.lane_rows, p.q_stride);
+                    continue;
+                }
                 for (int64_t e = 0; e < elements; ++e) to[e * kRows + i] = packed[e];
             }
         });
@@ -293,6 +300,24 @@ void write_row(const Problem& p, int64_t kv_head, int64_t row, const float* from
     if (d < p.head_dim) store_n(to + d, load(from + d) / sum, p.head_dim - d);
 }
 
+// Rows from query position `first` to `last` see nothing of keys [begin, end).
+PELTON_INLINE bool blind(const Problem& p, int64_t first, int64_t last, int64_t begin, int64_t end) {
+    return last < begin || (p.window && first - p.window + 1 >= end);
+}
+
+// They all see all of a whole key tile.
+PELTON_INLINE bool sees_whole(const Problem& p, int64_t first, int64_t last, int64_t begin, int64_t end) {
+    return first + 1 - begin >= kKeyTile && end - begin == kKeyTile && !(p.window && last - p.window + 1 > begin);
+}
+
+template <class Cache>
+PELTON_INLINE auto softmax_of(const Problem& p, bool whole) {
+    const bool plain = p.cap == 0.0f && !p.slopes;
+    return whole   ? plain ? softmax_rows<Cache, false, true> : softmax_rows<Cache, false, false>
+           : plain ? softmax_rows<Cache, true, true>
+                   : softmax_rows<Cache, true, false>;
+}
+
 // The rows of one KV head, whose state begins at row `base` of the scratch, and keys [begin, end) of a tile.
 template <class Cache>
 void attend_tile(const Problem& p, const AttentionTile& tile, int64_t kv_head, int64_t base, const Scratch& s,
@@ -301,27 +326,64 @@ void attend_tile(const Problem& p, const AttentionTile& tile, int64_t kv_head, i
     for_row_tiles<kTileRows>(tile.row_end - tile.row_begin, [&]<int kRows>(int64_t m) {
         const int64_t row = tile.row_begin + m, state = base + m;
         const int64_t first = s.positions[state], last = s.positions[state + kRows - 1];
-        if (last < begin || (p.window && first - p.window + 1 >= end)) return;  // sees nothing of the tile
+        if (blind(p, first, last, begin, end)) return;
         next.fetch = m < 2 * kTileRows;  // later rows find what these have fetched
         if (Cache::kBytes && m == 0) fetch_scales(next);
         score_tile<Cache, kRows>(s.queries + state * p.q_stride, s.factors + state, s.biases + state, at, next,
                                  p.layout.lane_rows, num_keys, s.scores);
-        const bool whole =
-            first + 1 - begin >= kKeyTile && num_keys == kKeyTile && !(p.window && last - p.window + 1 > begin);
+        const bool whole = sees_whole(p, first, last, begin, end);
         Seen seen = {nullptr, nullptr, 0, 0, kKeyTile, kKeyTile};
-        const bool plain = p.cap == 0.0f && !p.slopes;
-        const auto softmax = whole   ? plain ? softmax_rows<Cache, false, true> : softmax_rows<Cache, false, false>
-                             : plain ? softmax_rows<Cache, true, true>
-                                     : softmax_rows<Cache, true, false>;
-        softmax(p, at, begin, num_keys, kv_head, row, kRows, s, state);
+        softmax_of<Cache>(p, whole)(p, at, begin, num_keys, kv_head, row, kRows, s, state);
         if (!whole) seen = seen_by<Cache, kRows>(s.lows + state, s.highs + state);
         value_tile<Cache, kRows>(s.probabilities, s.corrections + state, s.units + state, at, next, seen, padded,
                                  s.split.output + state * padded);
     });
 }
 
+#if defined(__AMX_TILE__)
+// The same on AMX tiles.
 template <class Cache>
-void attend(const Problem& p, const AttentionTile& tile, Scratch s) {
+void attend_by_tiles(const Problem& p, const AttentionTile& tile, int64_t kv_head, int64_t base, const Scratch& s,
+                     const TileAddress& at, TileAddress next, int64_t begin, int64_t end, AmxTiles& tiles) {
+    const int64_t head_rows = tile.row_end - tile.row_begin, height = amx_height(head_rows);
+    amx_shape<Cache>(tiles, head_rows);
+    amx_copy_last_keys(at, p.layout.lane_rows, s.amx.keys);
+    AmxValues values = {{}, -1, -1, false, false};
+    next.fetch = true;
+    for (int64_t m = 0; m < head_rows; m += height) {
+        const int64_t row = tile.row_begin + m, state = base + m;
+        const int64_t rows = head_rows - m < height ? head_rows - m : height;
+        const int64_t first = s.positions[state], last = s.positions[state + rows - 1];
+        if (blind(p, first, last, begin, end)) continue;
+        if (Cache::kBytes && next.fetch) fetch_scales(next);
+        amx_scores<Cache>(s.queries + state * p.q_stride, p.q_stride, s.factors + state, at, next, p.layout.lane_rows,
+                          rows, s.amx, s.scores);
+        const bool whole = sees_whole(p, first, last, begin, end);
+        softmax_of<Cache>(p, whole)(p, at, begin, end - begin, kv_head, row, rows, s, state);
+        amx_values<Cache>(s.probabilities, s.corrections + state, s.units + state, at, next,
+                          whole ? nullptr : s.lows + state, s.highs + state, rows, p.layout.padded, s.amx,
+                          reinterpret_cast<char*>(s.scores), values, s.split.output + state * p.layout.padded);
+        next.fetch = false;  // later rows find what these have fetched
+    }
+}
+#endif
+
+template <class Cache>
+PELTON_INLINE void attend_keys(const Problem& p, const AttentionTile& tile, int64_t kv_head, int64_t base,
+                               const Scratch& s, const TileAddress& at, const TileAddress& next, int64_t begin,
+                               int64_t end, [[maybe_unused]] AmxTiles& tiles) {
+#if defined(__AMX_TILE__)
+    if (takes_tiles<Cache>(tile.row_end - tile.row_begin, p.head_dim)) {
+        attend_by_tiles<Cache>(p, tile, kv_head, base, s, at, next, begin, end, tiles);
+        return;
+    }
+#endif
+    constexpr bool kOnlyTiles = kTiles && Cache::kDot && !Cache::kBytes;
+    if constexpr (!kOnlyTiles) attend_tile<Cache>(p, tile, kv_head, base, s, at, next, begin, end);
+}
+
+template <class Cache>
+void attend(const Problem& p, const AttentionTile& tile, Scratch s, AmxTiles& tiles) {
     const Call& call = *p.call;
     const int64_t head_rows = tile.row_end - tile.row_begin, rows = head_rows * tile.kv_heads;
     const int64_t padded = p.layout.padded;
@@ -346,7 +408,7 @@ void attend(const Problem& p, const AttentionTile& tile, Scratch s) {
                 } else if (end < until) {
                     next = address_tile(p, tile.kv_head, end, end_of(end));
                 }
-                attend_tile<Cache>(p, tile, tile.kv_head + h, h * head_rows, s, at, next, begin, end);
+                attend_keys<Cache>(p, tile, tile.kv_head + h, h * head_rows, s, at, next, begin, end, tiles);
                 at = next;
             }
             begin = end;
@@ -424,8 +486,9 @@ void attention_tiles(const Call& call, int64_t first, int64_t end, Worker& worke
     s.split.output = floats(kRowTile * p.layout.padded);
     s.total.output = floats(kRowTile * p.layout.padded);
     s.lane_sums = floats(kRowTile * 16);
-    s.scores = floats(kMostTileRows * kKeyTile);
-    s.probabilities = take(kMostTileRows * kKeyTile * 4);
+    constexpr int kScoreRows = kTiles ? kAmxTileRows : kMostTileRows;
+    s.scores = floats(kScoreRows * kKeyTile);
+    s.probabilities = take(kScoreRows * kKeyTile * 4);
     float** const numbers[] = {&s.split.maxima, &s.split.sums, &s.total.maxima, &s.total.sums,
                                &s.corrections,  &s.units,      &s.factors};
     for (float** per_row : numbers) *per_row = floats(kRowTile);
@@ -433,19 +496,21 @@ void attention_tiles(const Call& call, int64_t first, int64_t end, Worker& worke
     s.highs = reinterpret_cast<int32_t*>(floats(kRowTile));
     s.biases = reinterpret_cast<int32_t*>(floats(kRowTile));
     s.positions = reinterpret_cast<int32_t*>(floats(kRowTile));
+    s.amx = amx_scratch(at, p.layout.padded);
 
+    AmxTiles amx;
     const AttentionTile* tiles = static_cast<const AttentionWork*>(call.plan)->tiles;
     for (int64_t i = first; i < end; ++i) {
         locate(p, tiles[i].sequence);
         switch (call.ints[kFormat]) {
             case kCacheBf16:
-                attend<Bf16Cache>(p, tiles[i], s);
+                attend<Bf16Cache>(p, tiles[i], s, amx);
                 break;
             case kCacheInt8:
-                attend<Int8Cache>(p, tiles[i], s);
+                attend<Int8Cache>(p, tiles[i], s, amx);
                 break;
             default:
-                attend<F32Cache>(p, tiles[i], s);
+                attend<F32Cache>(p, tiles[i], s, amx);
         }
     }
 }
