@@ -24,8 +24,12 @@ constexpr int kDirectRows = 8, kDirectTile = kW == 16 ? 4 : 2;
 template <class Codes, class Math>
 constexpr bool kQuick = kW == 16 && __is_same(Codes, NibbleCodes) && Math::kCentred;
 constexpr int kQuickRows = 48;
-// Up to this many rows weights take longer to stream than to multiply: tiles that are not full fetch them as they go.
+// Up to this many rows weights take longer to stream than to multiply: tiles fetch them as they go.
 constexpr int kStreamRows = kW == 16 ? 16 : 8;
+// Full tiles of groups of integers are so narrow that results fit into the registers beside the sums: scaling the sums
+// of each group of 32 into results in memory takes a third of the time.
+template <class Math>
+constexpr bool kInRegisters = kW == 16 && Math::kCentred;
 // Depth of a weight block that the rows of an item pass over while it stays in the cache. Where a
 // register tile is as wide as the panel it streams from L2 (128 KB of bf16); narrower tiles pass over a
 // block strip by strip, which wants L1 (16 KB of f32).
@@ -54,14 +58,14 @@ struct Ahead {
     int64_t step;  // 0 when all is fetched
 };
 
-PELTON_INLINE Ahead ahead_of(const char* next, int64_t bytes, int64_t m, int64_t steps) {
-    const int64_t offset = m / kTileRows * steps * 64;
+PELTON_INLINE Ahead ahead_of(const char* next, int64_t bytes, int64_t tile, int64_t steps) {
+    const int64_t offset = tile * steps * 64;
     return {next + (offset < bytes ? offset : 0), offset < bytes ? 64 : 0};
 }
 
-template <int kVecs, int kRows>
+template <int kVecs, bool kStream>
 PELTON_INLINE void fetch(const char* w, Ahead& ahead) {
-    if (kRows < kTileRows) {
+    if (kStream) {
         prefetch(w, kVecs * kW * 4);
     } else {
         __builtin_prefetch(ahead.at);
@@ -218,7 +222,7 @@ struct Expanded<FloatMath> {
 // ---- register tiles
 
 // Weights without groups. `w` points at the panel, moved to the first k of the block.
-template <class Step, int kRows>
+template <class Step, int kRows, bool kStream>
 void plain_tile(const char* w, const char* a, int64_t stride, int64_t depth, Ahead ahead, const Output& c) {
     constexpr int kVecs = tile_vecs(kRows), kColumns = kVecs * kW;
     for (int col = 0; col < kPanel; col += kColumns) {
@@ -231,7 +235,7 @@ void plain_tile(const char* w, const char* a, int64_t stride, int64_t depth, Ahe
         const char *wp = w + col * 4, *ap = a;
         int64_t k = 0;
         for (; k + Step::kStep <= depth; k += Step::kStep) {
-            fetch<kVecs, kRows>(wp, ahead);
+            fetch<kVecs, kStream>(wp, ahead);
             Step::step(acc, wp, ap, stride);
             wp += Step::kBytes;
             ap += Step::kActStep;
@@ -266,18 +270,27 @@ struct Groups {
     bool sliced, ends_group;  // part of a row that is one group, its end
 };
 
-template <class Step, int kRows, int kVecs>
+// A loop over the eight steps of a usual group ends before the processor is up to speed: kUnroll writes them out.
+template <class Step, bool kStream, bool kUnroll, int kRows, int kVecs>
 PELTON_INLINE void multiply_group(typename Step::Math::Acc (&acc)[kRows][kVecs], const char* w, int64_t size,
                                   const char* a, int64_t stride, Ahead& ahead) {
-    for (int64_t k = 0; k < size; k += Step::kStep) {
+    const auto step = [&] {
         if (Step::kPacked) {
             PELTON_UNROLL
-            for (int line = 0; line < Step::kBytes; line += kPanel * 4) fetch<kVecs, kRows>(w + line, ahead);
+            for (int line = 0; line < Step::kBytes; line += kPanel * 4) fetch<kVecs, kStream>(w + line, ahead);
         }
         Step::step(acc, w, a, stride);
         w += Step::kBytes;
         a += Step::kActStep;
+    };
+    constexpr int kChunk = kUnroll && Step::kStep < 32 ? 32 : Step::kStep;
+    for (; size >= kChunk; size -= kChunk) {
+        PELTON_UNROLL
+        for (int k = 0; k < kChunk; k += Step::kStep) step();
     }
+    if (kChunk == Step::kStep) return;
+#pragma GCC unroll 1
+    for (; size > 0; size -= Step::kStep) step();
 }
 
 // Where a tile finds scales, and zeros if there are any: as f32 of their own, or as f16 behind the codes.
@@ -288,13 +301,13 @@ struct ScalesAt {
 
 // Codes are multiplied first, then scaled: each group adds scale * sum(code * x), and zero * sum(x) if there are zeros.
 // Everything that the loops need is copied to locals, or the compiler reads it again after each store.
-template <class Step, int kRows, class Scales>
+template <class Step, int kRows, bool kStream, class Scales>
 void grouped_tile(const Groups& g, const Activations& x, const char* a, Ahead ahead, const Output& c) {
     typedef typename Step::Math Math;
-    constexpr int kVecs = tile_vecs(kRows), kColumns = kVecs * kW;
-    // Results of a few rows stay in registers beside the sums. Others have a place of their own: rows of the output
-    // may lie a multiple of 4 KB apart, where a load waits for the store of another row.
-    constexpr bool kKeep = kRows * kVecs <= 8;
+    // Results that stay in registers beside the sums. Others have a place of their own: rows of the output may lie a
+    // multiple of 4 KB apart, where a load waits for the store of another row.
+    constexpr int kVecs = kStream || !kInRegisters<Math> ? tile_vecs(kRows) : 2, kColumns = kVecs * kW;
+    constexpr bool kKeep = kRows * kVecs <= (kInRegisters<Math> ? 12 : 8);
     const int64_t ld = c.ld, info = x.info_stride, size = g.size, stride = x.stride, count = g.count;
     for (int col = 0; col < kPanel; col += kColumns) {
         float* const out = c.data + col;
@@ -322,8 +335,8 @@ void grouped_tile(const Groups& g, const Activations& x, const char* a, Ahead ah
                 PELTON_UNROLL
                 for (int v = 0; v < kVecs; ++v) acc[m][v] = Math::start(x_starts + m * info);
             }
-            multiply_group<Step>(acc, codes, size, ap, stride, ahead);
-            if (Step::kPacked && kRows < kTileRows) prefetch(codes + code_bytes, tail);
+            multiply_group<Step, kStream, kInRegisters<Math> && !kStream>(acc, codes, size, ap, stride, ahead);
+            if (Step::kPacked && kStream) prefetch(codes + code_bytes, tail);
             const char* halves = codes + code_bytes - 2 * col;  // codes are four bytes a column
             PELTON_UNROLL
             for (int v = 0; v < kVecs; ++v) {
@@ -371,7 +384,7 @@ PELTON_INLINE VF finished(typename Math::Acc acc, const Groups& g, const Activat
 }
 
 // A slice of a row that is one group. Until the last one the accumulators are parked in the output.
-template <class Step, int kRows>
+template <class Step, int kRows, bool kStream>
 void sliced_tile(const Groups& g, const Activations& x, const char* a, Ahead ahead, const Output& c) {
     typedef typename Step::Math Math;
     typedef typename Math::Acc Acc;
@@ -387,7 +400,7 @@ void sliced_tile(const Groups& g, const Activations& x, const char* a, Ahead ahe
                                     : reinterpret_cast<Acc>(load(out + m * c.ld + v * kW));
             }
         }
-        multiply_group<Step>(acc, g.codes + col * 4, g.size, a, x.stride, ahead);
+        multiply_group<Step, kStream, false>(acc, g.codes + col * 4, g.size, a, x.stride, ahead);
         PELTON_UNROLL
         for (int m = 0; m < kRows; ++m) {
             PELTON_UNROLL
@@ -502,11 +515,16 @@ constexpr bool kTiles = false;
 // and those that are expanded first.
 constexpr int kLeastTileRows = 5, kLeastExpandedTileRows = kDirectRows + 1;
 
-// Register tiles of up to kMost rows; of fewer where the weights are to stream.
+// Calls f<rows, whether to stream>(first row, tile) for register tiles of up to kMost rows. Where the weights are to
+// stream, tiles have fewer rows; among others, only those that are not full stream.
 template <int kMost, class F>
 PELTON_INLINE void for_weight_tiles(int64_t rows, F f) {
-    if (kMost > kDirectTile && rows <= kStreamRows) return for_row_tiles<kDirectTile>(rows, f);
-    for_row_tiles<kMost>(rows, f);
+    if (rows <= kStreamRows) {
+        constexpr int kFew = kMost < kDirectTile ? kMost : kDirectTile;
+        return for_row_tiles<kFew>(rows, [&]<int kRows>(int64_t m) { f.template operator()<kRows, true>(m, 0); });
+    }
+    for_row_tiles<kMost>(rows,
+                         [&]<int kRows>(int64_t m) { f.template operator()<kRows, (kRows < kMost)>(m, m / kMost); });
 }
 
 template <class Step>
@@ -516,11 +534,11 @@ void plain_item(const char* panel, int64_t k, int act_bytes, const Activations& 
         const int64_t depth = k - k0 < kDepthBlock ? k - k0 : kDepthBlock;
         c.first = k0 == 0;
         c.bias = k0 + depth == k ? bias : nullptr;
-        for_weight_tiles<kTileRows>(rows, [&]<int kRows>(int64_t m) {
+        for_weight_tiles<kTileRows>(rows, [&]<int kRows, bool kStream>(int64_t m, int64_t index) {
             Output tile = {c.data + m * c.ld, c.ld, c.first, c.bias};
             const char *w = panel + k0 / Step::kStep * Step::kBytes, *next = w + depth / Step::kStep * Step::kBytes;
-            const Ahead ahead = ahead_of(next, next - w, m, depth / Step::kStep);
-            plain_tile<Step, kRows>(w, x.rows + m * x.stride + k0 * act_bytes, x.stride, depth, ahead, tile);
+            const Ahead ahead = ahead_of(next, next - w, index, depth / Step::kStep);
+            plain_tile<Step, kRows, kStream>(w, x.rows + m * x.stride + k0 * act_bytes, x.stride, depth, ahead, tile);
         });
     }
 }
@@ -552,21 +570,28 @@ void expand(const char* codes, int64_t depth, char* out) {
 }
 
 template <class Step, int kMost>
-void grouped_rows(const Groups& g, int64_t k0, const Activations& x, int64_t rows, const Output& c) {
-    for_weight_tiles<kMost>(rows, [&]<int kRows>(int64_t m) {
-        Output tile = {c.data + m * c.ld, c.ld, c.first, c.bias};
-        const Activations tile_x = shifted(x, m);
-        const char* a = tile_x.rows + k0 * Step::Math::kActivation;
-        const int64_t bytes = g.sliced ? g.size / Step::kStep * Step::kBytes : g.count * g.stride;
-        const Ahead ahead = ahead_of(g.codes + bytes, bytes, m, g.count * (g.size / Step::kStep));
-        if (g.sliced) {
-            sliced_tile<Step, kRows>(g, tile_x, a, ahead, tile);
-        } else if (g.scales) {
-            if (g.zeros) return grouped_tile<Step, kRows, ScalesAt<false, true>>(g, tile_x, a, ahead, tile);
-            grouped_tile<Step, kRows, ScalesAt<false, false>>(g, tile_x, a, ahead, tile);
+void sliced_rows(const Groups& g, const Activations& x, const char* a, int64_t rows, const Output& c) {
+    const int64_t steps = g.size / Step::kStep, bytes = steps * Step::kBytes;
+    for_weight_tiles<kMost>(rows, [&]<int kRows, bool kStream>(int64_t m, int64_t index) {
+        const Output tile = {c.data + m * c.ld, c.ld, c.first, c.bias};
+        const Ahead ahead = ahead_of(g.codes + bytes, bytes, index, steps);
+        sliced_tile<Step, kRows, kStream>(g, shifted(x, m), a + m * x.stride, ahead, tile);
+    });
+}
+
+template <class Step, int kMost>
+void grouped_rows(const Groups& g, const Activations& x, const char* a, int64_t rows, const Output& c) {
+    const int64_t steps = g.count * (g.size / Step::kStep), bytes = g.count * g.stride;
+    for_weight_tiles<kMost>(rows, [&]<int kRows, bool kStream>(int64_t m, int64_t index) {
+        const auto run = [&]<class Scales>(Scales) {
+            const Output tile = {c.data + m * c.ld, c.ld, c.first, c.bias};
+            const Ahead ahead = ahead_of(g.codes + bytes, bytes, index, steps);
+            grouped_tile<Step, kRows, kStream, Scales>(g, shifted(x, m), a + m * x.stride, ahead, tile);
+        };
+        if (g.scales) {
+            g.zeros ? run(ScalesAt<false, true>()) : run(ScalesAt<false, false>());
         } else if constexpr (Step::kPacked) {
-            if (g.minima) return grouped_tile<Step, kRows, ScalesAt<true, true>>(g, tile_x, a, ahead, tile);
-            grouped_tile<Step, kRows, ScalesAt<true, false>>(g, tile_x, a, ahead, tile);
+            g.minima ? run(ScalesAt<true, true>()) : run(ScalesAt<true, false>());
         }
     });
 }
@@ -577,6 +602,7 @@ void codes_item(const Call& call, const LinearShape& shape, const char* panel, c
     // Bytes that meet int8 activations are used where they are.
     constexpr bool kInPlace = __is_same(Codes, ByteCodes) && __is_same(Math, IntMath);
     typedef CodeStep<Codes, Math> Direct;
+    typedef typename Expanded<Math>::Step Wide;
     float* scales = reinterpret_cast<float*>(scratch);
     float* zeros = scales + shape.block * kPanel;
     char* expanded = reinterpret_cast<char*>(zeros + shape.block * kPanel);
@@ -625,12 +651,17 @@ void codes_item(const Call& call, const LinearShape& shape, const char* panel, c
                 g.codes = expanded;
                 g.stride = size;
             }
+            const char* a = x.rows + at * Math::kActivation;
             if (tiled) {
-                code_tiles<Math>(tiles, g, x, x.rows + at * Math::kActivation, rows, c, direct);
+                code_tiles<Math>(tiles, g, x, a, rows, c, direct);
+            } else if (direct && g.sliced) {
+                sliced_rows<Direct, kInPlace ? kTileRows : kDirectTile>(g, x, a, rows, c);
             } else if (direct) {
-                grouped_rows<Direct, kInPlace ? kTileRows : kDirectTile>(g, at, x, rows, c);
+                grouped_rows<Direct, kInPlace || kQuick<Codes, Math> ? kTileRows : kDirectTile>(g, x, a, rows, c);
+            } else if (g.sliced) {
+                sliced_rows<Wide, kTileRows>(g, x, a, rows, c);
             } else {
-                grouped_rows<typename Expanded<Math>::Step, kTileRows>(g, at, x, rows, c);
+                grouped_rows<Wide, kTileRows>(g, x, a, rows, c);
             }
         }
     }
