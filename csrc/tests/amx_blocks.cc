@@ -147,7 +147,7 @@ void check_groups(int64_t rows, int64_t size, int64_t count, bool stream) {
         for (int64_t i = 0; i < sums.rows * kPanel / 2; ++i) {
             const int64_t m = sums.row + i / (kPanel / 2), n = sums.col + i % (kPanel / 2);
             const char* x = a.data() + m * stride + sums.group * row_bytes;
-            const char* got = sums.data + i / (kPanel / 2) * kAmxSumsRow + i % (kPanel / 2) * 4;
+            const char* got = sums.data + i / (kPanel / 2) * kAmxGroupSumsRow + i % (kPanel / 2) * 4;
             check(seen[m * kPanel + n]++ == sums.group, "order of groups", rows, size);
             if (kActivation == 2) {
                 const float want = bf16_sum(x, codes_of_group, size, n, 0.0f);

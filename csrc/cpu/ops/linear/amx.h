@@ -204,7 +204,7 @@ struct AmxSums {
     int64_t group, row, rows, col;
     const char* data;
 };
-constexpr int kAmxSumsRow = 2 * kAmxRowBytes;
+constexpr int kAmxGroupSumsRow = 2 * kAmxRowBytes;
 
 template <class Product>
 PELTON_INLINE void amx_group(const char* upper, const char* lower, int64_t a_stride, const char* w, int64_t row_bytes) {
@@ -241,14 +241,14 @@ PELTON_INLINE void amx_groups(AmxTiles& tiles, const char* a, int64_t a_stride, 
     const int64_t height = rows < kAmxRows ? rows : kAmxRows, last = rows - height;
     tiles.shape_pair(static_cast<int>(height), static_cast<int>(height),
                      static_cast<int>(row_bytes < kAmxRowBytes ? row_bytes : kAmxRowBytes));
-    alignas(64) char buffer[2 * kAmxRows * kAmxSumsRow];
+    alignas(64) char buffer[2 * kAmxRows * kAmxGroupSumsRow];
     AmxSums sums = {};
     for (int64_t m = 0; m < rows; m += 2 * kAmxRows) {
         const int64_t left = rows - m, upper = m < last ? m : last, lower = m + kAmxRows < last ? m + kAmxRows : last;
         const bool pair = left > kAmxRows;
         const char *upper_a = a + upper * a_stride, *lower_a = pair ? a + lower * a_stride : nullptr;
         // Where the two meet, the same sums are stored twice.
-        char* lower_sums = buffer + (lower - upper) * kAmxSumsRow;
+        char* lower_sums = buffer + (lower - upper) * kAmxGroupSumsRow;
         for (int64_t col = 0; col < kPanel; col += kPanel / 2) {
             const char* codes = w + col * 4;
             for (int64_t i = 0; i < count; ++i, codes += w_stride) {
@@ -258,14 +258,14 @@ PELTON_INLINE void amx_groups(AmxTiles& tiles, const char* a, int64_t a_stride, 
                 const int64_t k = i * row_bytes;
                 amx_group<Product>(upper_a + k, pair ? lower_a + k : nullptr, a_stride, codes, row_bytes);
                 if (sums.rows) add(sums);
-                tile_store<0>(buffer, kAmxSumsRow);
-                tile_store<1>(buffer + kAmxRowBytes, kAmxSumsRow);
+                tile_store<0>(buffer, kAmxGroupSumsRow);
+                tile_store<1>(buffer + kAmxRowBytes, kAmxGroupSumsRow);
                 if (pair) {
-                    tile_store<2>(lower_sums, kAmxSumsRow);
-                    tile_store<3>(lower_sums + kAmxRowBytes, kAmxSumsRow);
+                    tile_store<2>(lower_sums, kAmxGroupSumsRow);
+                    tile_store<3>(lower_sums + kAmxRowBytes, kAmxGroupSumsRow);
                 }
                 sums = {i, m, pair && left > 2 * kAmxRows ? 2 * kAmxRows : left, col,
-                        buffer + (m - upper) * kAmxSumsRow};
+                        buffer + (m - upper) * kAmxGroupSumsRow};
             }
         }
     }

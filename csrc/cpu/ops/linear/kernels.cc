@@ -485,7 +485,7 @@ void grouped_tiles(AmxTiles& tiles, const Groups& g, const Activations& x, const
                 if (kZeros) now = fma(zero[v], splat(x_sum), now);
                 store(y + v * kW, now);
             }
-            from += kAmxSumsRow;
+            from += kAmxGroupSumsRow;
             y += ld;
         }
     };
