@@ -18,6 +18,14 @@ PELTON_INLINE void tile_zero() {
     __asm__ volatile("tilezero %%tmm%c0" ::"i"(kTile));
 }
 
+// Tiles 0 to 3, the results in every shape of AmxTiles.
+PELTON_INLINE void tile_zero_results() {
+    tile_zero<0>();
+    tile_zero<1>();
+    tile_zero<2>();
+    tile_zero<3>();
+}
+
 // Rows `stride` bytes apart.
 template <int kTile>
 PELTON_INLINE void tile_load(const char* p, int64_t stride) {

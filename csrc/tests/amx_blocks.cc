@@ -105,7 +105,8 @@ void check_int8(int64_t rows, int64_t depth) {
     for (int64_t i = 0; i < (rows - 1) * ld + kPanel; ++i) y[i] = 77;
     AmxTiles tiles;
     for (int pass = 1; pass <= 2; ++pass) {  // the second adds to the first
-        amx_int8_block(tiles, a.data(), stride, rows, w.data(), depth, y, ld, pass == 1);
+        amx_block<AmxInt8>(tiles, a.data(), stride, rows, w.data(), depth, reinterpret_cast<char*>(y), ld * 4,
+                           pass == 1);
         for (int64_t m = 0; m < rows; ++m) {
             for (int64_t n = 0; n < kPanel; ++n) {
                 int32_t want = 0;
@@ -363,8 +364,8 @@ void print_rates(int64_t megabytes) {
                 for (int repeat = 0; repeat < 5; ++repeat) {
                     const auto start = std::chrono::steady_clock::now();
                     for (int64_t at = 0; at < bytes; at += panel) {
-                        int8 ? amx_int8_block(tiles, a.data(), kStride, rows, panels.data() + at, kDepth,
-                                              reinterpret_cast<int32_t*>(out.data()), kPanel, true)
+                        int8 ? amx_block<AmxInt8>(tiles, a.data(), kStride, rows, panels.data() + at, kDepth,
+                                                  reinterpret_cast<char*>(out.data()), kPanel * 4, true)
                              : amx_bf16_block(tiles, a.data(), kStride, rows, panels.data() + at, kDepth, out.data(),
                                               kPanel, true);
                     }

@@ -77,8 +77,8 @@ def test_measured_peaks_have_the_order_of_a_memory_hierarchy(isa: str) -> None:
     meter = PeakMeter(isa, 1)
     meter.measure()
     rates = meter.peaks().rates
-    # Neighbours come and go between two figures, and on a tier with narrow registers the core is the limit of all.
-    assert rates["l1_bandwidth"] > rates["l3_bandwidth"] * 0.8
-    assert rates["l2_bandwidth"] > rates["read_bandwidth"] * 0.8
+    # With the narrow registers of the lowest tier the core is the limit of both.
+    assert rates["l1_bandwidth"] > rates["l3_bandwidth"] * (0.8 if isa == "generic" else 1)
+    assert rates["l2_bandwidth"] > rates["read_bandwidth"] * 0.8  # neighbours come and go between the two
     assert rates["l1_bandwidth"] < 2e12  # a core loads no more than 2 x 64 bytes a cycle: loads are not optimised away
     assert rates["f32"] < 1e12

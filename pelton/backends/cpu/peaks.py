@@ -34,9 +34,9 @@ def measured_peaks(isa: str, threads: int, *, fresh: bool = False, achieved: flo
     with contextlib.suppress(LookupError, TypeError, ValueError):  # no such figure, or a damaged file
         figures = {str(name): float(value) for name, value in kept[key]["peaks"].items()}
         age, exceeded = time.time() - kept[key]["time"], figures["read_bandwidth"] < achieved
-        if not fresh and age < (_MAX_AGE_EXCEEDED if exceeded else _MAX_AGE):
-            return figures
         if not fresh and age < _MAX_AGE:
+            if not exceeded or age < _MAX_AGE_EXCEEDED:
+                return figures
             before = figures
     peaks: dict[str, float] = _native.measure_peaks(isa, threads)
     peaks = {name: max(rate, before.get(name, 0.0)) for name, rate in peaks.items()}

@@ -134,10 +134,7 @@ PELTON_APART void amx_scores(const char* q, int64_t q_stride, const float* facto
     if constexpr (Cache::kBytes) {
         const char* q_low = q + amx_query_part(lane_rows);
         for (int group = 0; group < kTileGroups; group += 2) {
-            tile_zero<0>();
-            tile_zero<1>();
-            tile_zero<2>();
-            tile_zero<3>();
+            tile_zero_results();
             for (int64_t lane = 0; lane < lane_rows; lane += kAmxRows) {
                 if (next.fetch && group == 0) fetch(lane);
                 amx_two_by_two<AmxSigned, 2>(q + lane * 4, q_low + lane * 4, q_stride, keys_of(group, lane),
@@ -149,10 +146,7 @@ PELTON_APART void amx_scores(const char* q, int64_t q_stride, const float* facto
             tile_store<3>(low + (group + 1) * kAmxRowBytes, kAmxSumsRow);
         }
     } else {
-        tile_zero<0>();
-        tile_zero<1>();
-        tile_zero<2>();
-        tile_zero<3>();
+        tile_zero_results();
         for (int64_t lane = 0; lane < lane_rows; lane += kAmxRows) {
             if (next.fetch) fetch(lane);
             const char* const keys[] = {keys_of(0, lane), keys_of(1, lane), keys_of(2, lane), keys_of(3, lane)};

@@ -175,12 +175,6 @@ __attribute__((unused)) void amx_bf16_block(AmxTiles& tiles, const char* a, int6
     amx_block<AmxBf16>(tiles, a, a_stride, rows, w, depth * 2, reinterpret_cast<char*>(out), ld * 4, first);
 }
 
-// The same for int8 activations and u8 codes w[depth / 4][64][4]; depth is a multiple of 4.
-__attribute__((unused)) void amx_int8_block(AmxTiles& tiles, const char* a, int64_t a_stride, int64_t rows,
-                                            const char* w, int64_t depth, int32_t* out, int64_t ld, bool first) {
-    amx_block<AmxInt8>(tiles, a, a_stride, rows, w, depth, reinterpret_cast<char*>(out), ld * 4, first);
-}
-
 // The product for activations of so many bytes.
 template <int kBytes>
 struct AmxProduct {
@@ -208,10 +202,7 @@ constexpr int kAmxGroupSumsRow = 2 * kAmxRowBytes;
 
 template <class Product>
 PELTON_INLINE void amx_group(const char* upper, const char* lower, int64_t a_stride, const char* w, int64_t row_bytes) {
-    tile_zero<0>();
-    tile_zero<1>();
-    tile_zero<2>();
-    tile_zero<3>();
+    tile_zero_results();
     for (int64_t k = 0; k < row_bytes; k += kAmxRowBytes, w += kAmxPanelStep) {
         if (lower) {
             amx_step_pair<Product>(upper + k, lower + k, a_stride, w);
