@@ -15,6 +15,7 @@
 
 #include "cpu/executor.h"
 #include "cpu/features.h"
+#include "cpu/numa.h"
 #include "cpu/ops/attention/contract.h"
 #include "cpu/ops/linear/contract.h"
 #include "cpu/peaks.h"
@@ -50,8 +51,12 @@ public:
         if (reinterpret_cast<uintptr_t>(data.data()) % 4) {
             throw std::invalid_argument("a constant must start at a multiple of 4 bytes");
         }
-        int index =
-            state.executor.add_constant(reinterpret_cast<const char*>(data.data()), static_cast<int64_t>(data.size()));
+        int index;
+        {
+            nb::gil_scoped_release release;  // it may read the whole of it
+            index = state.executor.add_constant(reinterpret_cast<const char*>(data.data()),
+                                                static_cast<int64_t>(data.size()));
+        }
         state.constants.push_back(std::move(data));
         return index;
     }
@@ -136,6 +141,12 @@ nb::dict cpu_features() {
     return result;
 }
 
+nb::dict memory_nodes() {
+    nb::dict result;
+    for (const NumaNode& node : numa_nodes()) result[nb::int_(node.id)] = node.cpus;
+    return result;
+}
+
 nb::dict kernels(const std::string& isa) {
     nb::dict result;
     for (const std::string& name : kernel_names()) {
@@ -171,6 +182,7 @@ NB_MODULE(_native, m) {
     using namespace pelton::cpu;
     m.doc() = "Native CPU kernels and the executor that runs them.";
     m.def("supported_isas", &supported_isas, "ISA tiers this machine can run, best last.");
+    m.def("memory_nodes", &memory_nodes, "The CPUs of each NUMA node that this process may use, by node id.");
     m.def("cpu_features", &cpu_features, "Vendor, model, flags and cache sizes of the processor.");
     m.def("kernels", &kernels, "isa"_a, "Kernel name -> tier of the implementation that this tier uses.");
     m.def(

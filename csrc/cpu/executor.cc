@@ -61,6 +61,7 @@ Executor::Executor(const std::string& isa, int threads, int64_t arena_bytes)
 Executor::~Executor() = default;
 
 int Executor::add_constant(const char* data, int64_t bytes) {
+    pool_.placement().share_out(data, bytes);
     constants_.push_back({const_cast<char*>(data), bytes});  // kernels only read constants
     return static_cast<int>(constants_.size()) - 1;
 }
@@ -68,6 +69,7 @@ int Executor::add_constant(const char* data, int64_t bytes) {
 int Executor::add_cache(int64_t bytes) {
     if (bytes < 0) throw std::invalid_argument("a cache must not have a negative size");
     caches_.push_back(std::make_unique<Mapping>(bytes));
+    pool_.placement().interleave(caches_.back()->data(), bytes);  // a block may be anybody's
     return static_cast<int>(caches_.size()) - 1;
 }
 

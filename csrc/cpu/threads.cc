@@ -77,7 +77,7 @@ void Barrier::wait() {
     }
 }
 
-ThreadPool::ThreadPool(int threads) : threads_(threads), process_(getpid()), barrier_(threads) {
+ThreadPool::ThreadPool(int threads) : threads_(threads), process_(getpid()), placement_(threads), barrier_(threads) {
     workers_.reserve(threads - 1);
     try {
         for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work(i); });
@@ -126,6 +126,7 @@ void ThreadPool::run(const std::function<void(int)>& body) {
 }
 
 void ThreadPool::work(int thread) {
+    placement_.pin(thread);
     DefaultFloatMode mode;  // a thread starts in the mode of its creator
     uint32_t seen = 0;
     for (;;) {

@@ -9,6 +9,8 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/numa.h"
+
 namespace pelton::cpu {
 
 // Tells the core that this is a spin loop.
@@ -51,6 +53,8 @@ public:
     ThreadPool& operator=(const ThreadPool&) = delete;
 
     int size() const { return threads_; }
+    // Workers are on the CPUs of their node; the caller of run() is where it wants to be.
+    const Placement& placement() const { return placement_; }
     // A child of fork() has none of the threads and would wait for them for ever: throws there.
     void require_own_process() const;
     // Runs body(thread) on all threads and returns when all are done. One caller at a time.
@@ -68,6 +72,7 @@ private:
 
     const int threads_;
     const pid_t process_;
+    const Placement placement_;
     Barrier barrier_;
     const std::function<void(int)>* body_ = nullptr;
     alignas(64) std::atomic<uint32_t> epoch_{0};  // changes when there is work

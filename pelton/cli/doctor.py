@@ -54,6 +54,7 @@ def doctor(isa: str | None, threads: int | None, as_json: bool) -> None:
         "cpu": dict(_native.cpu_features()),
         "assumed_features": os.environ.get("PELTON_ASSUME_FEATURES", ""),
         "threads": count,
+        "memory_nodes": {str(node): cpus for node, cpus in _native.memory_nodes().items()},
         "available_memory": available_memory(),
         "isas": list(_native.supported_isas()),
         "isa": tier,
@@ -80,6 +81,7 @@ def _print(result: dict[str, Any]) -> None:
     flags = [name for name, value in cpu["flags"].items() if value]
     absent = [name for name, value in cpu["flags"].items() if not value]
     assumed = result["assumed_features"]
+    nodes = [f"{node} ({len(cpus)} CPUs)" for node, cpus in result["memory_nodes"].items()]
     caches = [f"{n.removesuffix('_bytes').upper()} {human(v)}" for n, v in cpu.items() if n.endswith("_bytes") and v]
     print_table(
         "machine",
@@ -90,6 +92,7 @@ def _print(result: dict[str, Any]) -> None:
             ("not there", " ".join(absent) or "nothing"),
             ("caches", ", ".join(caches) or "unknown"),
             ("threads", str(result["threads"])),
+            *([("memory nodes", ", ".join(nodes))] if len(nodes) > 1 else []),
             ("free memory", human(result["available_memory"])),
             ("system", f"{result['system']}, Python {result['python']}"),
         ],
