@@ -30,6 +30,7 @@ namespace {
 using Bytes = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Indices = nb::ndarray<nb::numpy, const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Rows = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+using CacheBytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
 using Dims = std::tuple<int64_t, int64_t, int64_t>;
 
 // The executor and what must live as long as it. Steps run without the GIL and hold their own reference,
@@ -93,16 +94,27 @@ public:
         if (!sane || (rows > 0 && offset + ((rows - 1) * ld + cols) * 4 > arena->size())) {
             throw std::invalid_argument("the view leaves the arena of " + std::to_string(arena->size()) + " bytes");
         }
-        auto* keeper = new std::shared_ptr<Mapping>(arena);
-        nb::capsule owner(keeper, [](void* p) noexcept { delete static_cast<std::shared_ptr<Mapping>*>(p); });
+        nb::capsule owner = keep(arena);
         const size_t shape[2] = {static_cast<size_t>(rows), static_cast<size_t>(cols)};
         const int64_t strides[2] = {ld, 1};
         return Rows(reinterpret_cast<float*>(arena->data() + offset), 2, shape, owner, strides);
     }
 
+    // A view, as above; nobody may write to it while a step runs.
+    CacheBytes cache(int64_t index) {
+        std::shared_ptr<Mapping> cache = get()->executor.cache(index);
+        const size_t shape[1] = {static_cast<size_t>(cache->size())};
+        return CacheBytes(reinterpret_cast<uint8_t*>(cache->data()), 1, shape, keep(cache));
+    }
+
     void close() { state_.reset(); }
 
 private:
+    static nb::capsule keep(const std::shared_ptr<Mapping>& mapping) {
+        return nb::capsule(new std::shared_ptr<Mapping>(mapping),
+                           [](void* p) noexcept { delete static_cast<std::shared_ptr<Mapping>*>(p); });
+    }
+
     const std::shared_ptr<State>& get() {
         if (!state_) throw std::runtime_error("the executor is closed");
         return state_;
@@ -206,6 +218,7 @@ NB_MODULE(_native, m) {
              "Like run, with a barrier after each stage; returns seconds per call.")
         .def("run_calls", &PyExecutor::run_calls, "dims"_a, "inputs"_a.noconvert(), "first"_a, "last"_a,
              "Like run for the calls [first, last) alone, on what earlier runs left in the arena.")
+        .def("cache", &PyExecutor::cache, "index"_a, "The bytes of a KV cache, a writable view. Not while a step runs.")
         .def("arena", &PyExecutor::arena, "offset"_a, "rows"_a, "cols"_a, "ld"_a, "A float32 view of the arena.")
         .def("close", &PyExecutor::close,
              "Ends the threads and releases the memory, after the step that runs if one does. Idempotent.");

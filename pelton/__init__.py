@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .async_llm import AsyncLLM
     from .config import EngineConfig, SamplingParams
     from .errors import PeltonError
     from .llm import LLM
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "EngineConfig",
     "PeltonError",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AsyncLLM": "async_llm",
     "LLM": "llm",
     "SamplingParams": "config",
     "EngineConfig": "config",

@@ -311,9 +311,14 @@ def _check(config: EngineConfig) -> None:
         raise PeltonError(f"quantization is {config.quantization!r}", remedy)
     for name, allowed in (("device", ("cpu", "reference")), ("dtype", ("auto", "f32", "bf16")),
                           ("kv_cache_dtype", ("auto", "f32", "bf16", "int8")),
+                          ("capacity_policy", ("max_utilization", "guaranteed_no_evict")),
+                          ("batching", ("inflight", "dynamic", "static")),
                           ("activations", ("auto", "float", "int8"))):  # fmt: skip
         if getattr(config, name) not in allowed:
             raise PeltonError(f"{name} is {getattr(config, name)!r}", f"choose one of {', '.join(allowed)}")
+    delay = config.batching_delay
+    if delay is not None and (isinstance(delay, bool) or not isinstance(delay, (int, float)) or not 0 <= delay < 3600):
+        raise PeltonError(f"batching_delay is {delay!r}", "give seconds from 0 to 3600, or leave it out")
     if config.block_size % 16:
         raise PeltonError(f"block_size is {config.block_size}", "give a multiple of 16")
     if config.max_num_batched_tokens < config.max_num_seqs:

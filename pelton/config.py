@@ -97,6 +97,10 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens; None: what the model allows and memory holds
     max_num_seqs: int = 64  # sequences in one step
     max_num_batched_tokens: int = 1024  # tokens in one step: bounds the arena and a step's duration
+    capacity_policy: Literal["max_utilization", "guaranteed_no_evict"] = "max_utilization"  # preempt, or never
+    batching: Literal["inflight", "dynamic", "static"] = "inflight"  # the others only to see the difference
+    batching_delay: float | None = None  # seconds such a batch waits to fill; None: 0.05 dynamic, 1 static
+    enable_prefix_caching: bool = True  # find what earlier requests have computed
     block_size: int = 16  # tokens per KV block; 16 keys fill one 512-bit register
     kv_cache_memory: int | None = None  # bytes; None: room for max_num_seqs, within free memory
     threads: int | None = None  # None: the cores this process may use

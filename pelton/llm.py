@@ -13,53 +13,17 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, overload
 
+from .answers import Answer, add_to, answers_for
 from .config import EngineConfig, SamplingParams
-from .errors import RequestError, TokenizerError
+from .errors import RequestError
 from .metrics import throughput
-from .outputs import CompletionOutput, RequestOutput
+from .outputs import RequestOutput
+from .prompts import Conversation, EncodedPrompt, Prompt, Tokenizer, as_list, conversation, encode
 
 if TYPE_CHECKING:
-    from .engine.engine import EngineOutput, EngineStats, LLMEngine
+    from .engine.engine import EngineStats, LLMEngine
 
-#: A text, token ids, or a dict with "prompt" (text), "prompt_token_ids" or "messages" (a conversation).
-Prompt: TypeAlias = "str | Sequence[int] | Mapping[str, Any]"
-#: [{"role": "user", "content": "..."}, ...]
-Conversation: TypeAlias = "Sequence[Mapping[str, Any]]"
 Params: TypeAlias = "SamplingParams | Sequence[SamplingParams] | None"
-
-
-class EncodedPrompt:
-    """A prompt as token ids; ``is_chat`` if the answer starts a text instead of going on with one."""
-
-    __slots__ = ("is_chat", "text", "token_ids")
-
-    def __init__(self, text: str | None, token_ids: list[int], is_chat: bool) -> None:
-        self.text = text
-        self.token_ids = token_ids
-        self.is_chat = is_chat
-
-
-class Detokenizer(Protocol):
-    """Text of a growing sequence of tokens."""
-
-    def add(self, token_ids: Sequence[int], /) -> str: ...
-
-    def finish(self) -> str: ...
-
-
-class Tokenizer(Protocol):
-    """What this module needs of :class:`pelton.text.tokenizer.Tokenizer`."""
-
-    @property
-    def chat_template(self) -> str | None: ...
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
-
-    def encode_chat(self, messages: Any, *, tools: Any = None) -> list[int]: ...
-
-    def detokenizer(self, skip_special_tokens: bool = True, *, at_start: bool = True) -> Detokenizer: ...
 
 
 class Parts(Protocol):
@@ -101,15 +65,7 @@ class LLM:
     """
 
     def __init__(self, model: str = "", *, progress: Callable[[int, int], None] | None = None, **options: Any) -> None:
-        known = EngineConfig.field_names()
-        for name in options:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=3)
-                raise RequestError(
-                    f"LLM has no option {name!r}",
-                    f"did you mean {' or '.join(close)}?" if close else f"the options are {', '.join(known)}",
-                )
-        config = EngineConfig(model=model, **options)
+        config = engine_config(model, options)
         from .build import build
 
         self._start(build(config, progress), config)
@@ -122,21 +78,12 @@ class LLM:
         return llm
 
     def _start(self, parts: Parts, config: EngineConfig) -> None:
-        from .engine.engine import LLMEngine
-
         self._parts = parts
         self._closed = False
         self._ids = count()
-        self._answers: dict[str, _Answer] = {}  # by the engine's request id
+        self._answers: dict[str, tuple[_Run, int, Answer]] = {}  # by the engine's request id
         try:
-            self._engine: LLMEngine = LLMEngine(
-                parts.executor,
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                eos_token_ids=parts.eos_token_ids,
-                vocab_size=parts.vocab_size,
-                seed=config.seed,
-            )
+            self._engine = engine_of(parts, config)
         except BaseException:
             parts.close()
             raise
@@ -158,8 +105,8 @@ class LLM:
         """
         return self._parts.peak_bandwidth(achieved)
 
-    def stats(self) -> EngineStats:
-        """Totals since the start."""
+    def get_stats(self) -> EngineStats:
+        """Totals since the start: tokens, steps, preemptions, prefix cache hits, bytes and FLOPs."""
         return self._engine.stats()
 
     @overload
@@ -208,7 +155,7 @@ class LLM:
         Raises:
             RequestError: a prompt or a parameter is invalid. Nothing has run then.
         """
-        inputs = [self._tokenized(prompt) for prompt in _as_list(prompts)]
+        inputs = [encode(self._parts.tokenizer, prompt) for prompt in as_list(prompts)]
         return self._answer(inputs, sampling_params, stream=stream, progress=progress or use_tqdm)
 
     def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Iterator[RequestOutput]:
@@ -281,7 +228,7 @@ class LLM:
                 while len(run.unfinished) < 2 * self._max_num_seqs and (item := next(source, None)) is not None:
                     index, (prompt, params) = item
                     try:
-                        self._add(run, index, self._tokenized(prompt), params)
+                        self._add(run, index, encode(self._parts.tokenizer, prompt), params)
                     except RequestError as error:
                         yield index, error
                 if not run.unfinished and not run.ready:
@@ -297,7 +244,7 @@ class LLM:
         Raises:
             TokenizerError: no tokenizer or no chat template.
         """
-        return EncodedPrompt(None, self._needed_tokenizer().encode_chat(messages, tools=tools), True)
+        return conversation(self._parts.tokenizer, messages, tools)
 
     def close(self) -> None:
         """Release the model's memory and threads. Idempotent."""
@@ -310,27 +257,6 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _needed_tokenizer(self) -> Tokenizer:
-        if self._parts.tokenizer is None:
-            raise TokenizerError("the checkpoint has no tokenizer", "give prompts as token ids")
-        return self._parts.tokenizer
-
-    def _tokenized(self, prompt: Prompt) -> EncodedPrompt:
-        if isinstance(prompt, Mapping):
-            keys = set(prompt) & {"prompt", "prompt_token_ids", "messages"}
-            if len(keys) != 1:
-                raise RequestError(
-                    "a prompt dict needs one of 'prompt', 'prompt_token_ids' and 'messages'",
-                    f"it has {', '.join(map(repr, prompt)) or 'nothing'}",
-                )
-            key = keys.pop()
-            prompt = prompt[key]
-            if key == "messages":
-                return self.conversation(prompt)  # type: ignore[arg-type]
-        if isinstance(prompt, str):
-            return EncodedPrompt(prompt, self._needed_tokenizer().encode(prompt), False)
-        return EncodedPrompt(None, _token_ids(prompt), False)
 
     def _answer(
         self, inputs: list[EncodedPrompt], sampling_params: Params, *, stream: bool, progress: bool
@@ -381,49 +307,60 @@ class LLM:
 
     def _add(self, run: _Run, index: int, given: EncodedPrompt, params: SamplingParams) -> None:
         """Queue the n sequences of a prompt."""
-        from .engine.request import derive_seed
-        from .text.detokenize import StopStrings
-
-        tokenizer = self._parts.tokenizer
-        if params.stop and tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and the checkpoint has none", "use stop_token_ids")
-        request_id = str(next(self._ids))
-        output = RequestOutput(request_id, given.text, given.token_ids, [CompletionOutput(i) for i in range(params.n)])
-        for i, completion in enumerate(output.outputs):
-            one = params if params.n == 1 else replace(params, n=1)
-            if i and params.seed is not None:
-                one = replace(one, seed=derive_seed(params.seed, i))
-            answer = _Answer(
-                run,
-                index,
-                output,
-                completion,
-                one,
-                tokenizer,
-                None
-                if tokenizer is None
-                else tokenizer.detokenizer(params.skip_special_tokens, at_start=given.is_chat),
-                StopStrings(tuple(params.stop), params.include_stop_str_in_output) if params.stop else None,
-            )
-            sequence_id = request_id if params.n == 1 else f"{request_id}.{i}"
-            # The first of the n is refused or none is: they differ in nothing but the seed.
-            self._engine.add_request(sequence_id, given.token_ids, one)
-            self._answers[sequence_id] = answer
-            run.unfinished.add(sequence_id)
+        answers = answers_for(str(next(self._ids)), given, params, self._parts.tokenizer)
+        add_to(self._engine, answers, given)
+        for answer in answers:
+            self._answers[answer.sequence_id] = (run, index, answer)
+            run.unfinished.add(answer.sequence_id)
 
     def _step(self) -> None:
         """One step of the engine; what it brings goes to the calls that wait for it."""
         if self._closed:
             raise RequestError("this LLM is closed", "create a new one")
         with _interrupts_deferred():
-            for output in self._engine.step():
-                answer = self._answers[output.request_id]
+            for output in self._engine.step(flush=True):
+                run, index, answer = self._answers[output.request_id]
                 if answer.take(output) and output.finish_reason is None:
                     answer.metrics(self._engine.finish(output.request_id, "stop"))
                 if answer.completion.finished:
                     del self._answers[output.request_id]
-                    answer.run.unfinished.discard(output.request_id)
-                answer.publish()
+                    run.unfinished.discard(output.request_id)
+                run.publish(index, answer)
+
+
+def engine_config(model: str, options: Mapping[str, Any]) -> EngineConfig:
+    """A config from keyword arguments.
+
+    Raises:
+        RequestError: an option that does not exist; the message names similar ones.
+    """
+    known = EngineConfig.field_names()
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            raise RequestError(
+                f"LLM has no option {name!r}",
+                f"did you mean {' or '.join(close)}?" if close else f"the options are {', '.join(known)}",
+            )
+    return EngineConfig(model=model, **options)
+
+
+def engine_of(parts: Parts, config: EngineConfig) -> LLMEngine:
+    """An engine on the parts' executor, with the limits, rules and seed of ``config``."""
+    from .engine.engine import LLMEngine
+
+    return LLMEngine(
+        parts.executor,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        capacity_policy=config.capacity_policy,
+        batching=config.batching,
+        batching_delay=config.batching_delay,
+        enable_prefix_caching=config.enable_prefix_caching,
+        eos_token_ids=parts.eos_token_ids,
+        vocab_size=parts.vocab_size,
+        seed=config.seed,
+    )
 
 
 class _Run:
@@ -436,117 +373,14 @@ class _Run:
         self.unfinished: set[str] = set()
         self.ready: deque[tuple[int, RequestOutput]] = deque()
 
-
-class _Answer:
-    """One of the n answers to a prompt while it grows: tokens to text, stop strings."""
-
-    __slots__ = ("_delta", "_detokenizer", "_index", "_params", "_stops", "_tokenizer", "completion", "output", "run")
-
-    def __init__(
-        self,
-        run: _Run,
-        index: int,
-        output: RequestOutput,
-        completion: CompletionOutput,
-        params: SamplingParams,
-        tokenizer: Tokenizer | None,
-        detokenizer: Detokenizer | None,
-        stops: Any,
-    ) -> None:
-        self.run = run
-        self.output = output
-        self.completion = completion
-        completion.token_ids = []
-        completion.logprobs = None if params.logprobs is None else []
-        completion.cumulative_logprob = None if params.logprobs is None else 0.0
-        self._index = index
-        self._params = params
-        self._tokenizer = tokenizer
-        self._detokenizer = detokenizer
-        self._stops = stops
-        self._delta = CompletionOutput(completion.index)
-
-    def take(self, new: EngineOutput) -> bool:
-        """Append what a step brought; True if a stop string ended the answer."""
-        whole, params = self.completion, self._params
-        assert isinstance(whole.token_ids, list)
-        whole.token_ids.extend(new.token_ids)
-        logprobs = None
-        if whole.logprobs is not None:
-            logprobs = [entry for entry in new.logprobs if entry is not None]
-            if self._tokenizer is not None:
-                for token_id, logprob in ((t, p) for entry in logprobs for t, p in entry.items()):
-                    logprob.decoded_token = self._tokenizer.decode([token_id], skip_special_tokens=False)
-            whole.logprobs.extend(logprobs)
-            assert whole.cumulative_logprob is not None
-            for token_id, entry in zip(new.token_ids, logprobs, strict=True):
-                whole.cumulative_logprob += entry[token_id]
-        if new.finish_reason is not None:
-            whole.finish_reason, whole.stop_reason = new.finish_reason, new.stop_reason
-            self.metrics(new.metrics)
-        text, matched = self._text(new, len(whole.token_ids) <= params.min_tokens)
-        whole.text += text
-        if matched is not None:
-            whole.finish_reason, whole.stop_reason = "stop", matched
-        self._delta = CompletionOutput(
-            whole.index,
-            text,
-            new.token_ids,
-            logprobs,
-            whole.finish_reason,
-            whole.stop_reason,
-            whole.cumulative_logprob,
-        )
-        return matched is not None
-
-    def _text(self, new: EngineOutput, too_early: bool) -> tuple[str, str | None]:
-        if self._detokenizer is None:
-            return "", None
-        shown: Sequence[int] = new.token_ids
-        if new.finish_reason == "stop" and not self._params.include_stop_str_in_output:
-            shown = shown[:-1]  # the token that stopped is no part of the answer
-        final = new.finish_reason is not None
-        text = self._detokenizer.add(shown)
-        if final:
-            text += self._detokenizer.finish()
-        if self._stops is None or too_early:
-            return text, None
-        emitted, matched = self._stops.push(text, final)
-        return emitted, matched
-
-    def metrics(self, metrics: Any) -> None:
-        if self.completion.index == 0:
-            self.output.metrics = metrics
-
-    def publish(self) -> None:
+    def publish(self, index: int, answer: Answer) -> None:
         """Hand out what is new, or the whole output once all n answers are finished."""
-        self.output.finished = all(completion.finished for completion in self.output.outputs)
-        if self.run.stream:
-            self.run.ready.append((self._index, replace(self.output, outputs=[self._delta])))
-        elif self.output.finished:
-            self.run.ready.append((self._index, self.output))
-
-
-def _as_list(prompts: Any) -> list[Any]:
-    """One prompt or many: a list of integers is one prompt."""
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    try:
-        listed = list(prompts)
-    except TypeError:
-        raise RequestError(
-            f"a prompt is of type {type(prompts).__name__}", "give a text, token ids, or a list of them"
-        ) from None
-    return [listed] if listed and hasattr(listed[0], "__index__") else listed
-
-
-def _token_ids(prompt: Any) -> list[int]:
-    try:
-        return [token.__index__() for token in prompt]
-    except (TypeError, AttributeError):
-        raise RequestError(
-            f"a prompt is of type {type(prompt).__name__} and holds no token ids", "give a text or integers"
-        ) from None
+        output = answer.output
+        output.finished = all(completion.finished for completion in output.outputs)
+        if self.stream:
+            self.ready.append((index, replace(output, outputs=[answer.delta])))
+        elif output.finished:
+            self.ready.append((index, output))
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class CompletionOutput:
     text: str = ""
     token_ids: Sequence[int] = ()
     logprobs: list[dict[int, Logprob]] | None = None
-    finish_reason: str | None = None  # "stop" | "length" | "abort"; None: not finished
+    finish_reason: str | None = None  # "stop" | "length" | "abort" | "timeout"; None: not finished
     stop_reason: int | str | None = None
     cumulative_logprob: float | None = None
 

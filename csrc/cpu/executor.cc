@@ -68,9 +68,14 @@ int Executor::add_constant(const char* data, int64_t bytes) {
 
 int Executor::add_cache(int64_t bytes) {
     if (bytes < 0) throw std::invalid_argument("a cache must not have a negative size");
-    caches_.push_back(std::make_unique<Mapping>(bytes));
+    caches_.push_back(std::make_shared<Mapping>(bytes));
     pool_.placement().interleave(caches_.back()->data(), bytes);  // a block may be anybody's
     return static_cast<int>(caches_.size()) - 1;
+}
+
+std::shared_ptr<Mapping> Executor::cache(int64_t index) const {
+    if (index < 0 || static_cast<size_t>(index) >= caches_.size()) throw std::invalid_argument("no such cache");
+    return caches_[static_cast<size_t>(index)];
 }
 
 void Executor::reject(const Contract& contract, const std::string& why) const {

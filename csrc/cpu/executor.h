@@ -54,6 +54,7 @@ public:
     // Only the calls [first, last), on what earlier runs left in the arena: to measure an op by itself.
     double run_calls(const int64_t dims[3], const std::vector<StepInput>& inputs, int64_t first, int64_t last);
     std::shared_ptr<Mapping> arena() const { return arena_; }
+    std::shared_ptr<Mapping> cache(int64_t index) const;  // throws std::invalid_argument if there is no such one
 
 private:
     struct InputOperand {
@@ -102,7 +103,7 @@ private:
     ThreadPool pool_;
     std::shared_ptr<Mapping> arena_;
     std::vector<Operand> constants_;
-    std::vector<std::unique_ptr<Mapping>> caches_;
+    std::vector<std::shared_ptr<Mapping>> caches_;
     std::vector<PlannedCall> calls_;
     int num_inputs_ = 0;
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -43,8 +43,7 @@ class SampleSpec:
     stop_token_ids: frozenset[int] = frozenset()  # forbidden until ``min_tokens`` are out
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):
     """One sequence's share of a step: ``token_ids`` at positions ``num_computed_tokens`` and up.
 
     ``block_ids`` covers positions [0, num_computed_tokens + len(token_ids)).
@@ -60,17 +59,21 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step: prefill chunks and decode tokens mixed, in no particular order."""
+    """One step: prefill chunks and decode tokens mixed.
+
+    ``copies`` are pairs of blocks: before the step, all that the first holds is copied to the second. A sequence may
+    read blocks that another one writes in the same step, as prompts with a common beginning do.
+    """
 
     sequences: tuple[ScheduledSequence, ...]
+    copies: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:
         return sum(len(s.token_ids) for s in self.sequences)
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """``logprobs``: the sampled token and the requested top ones, by token id."""
 
     token_id: int

@@ -11,7 +11,7 @@ from .step_inputs import StepInputs, step_inputs
 
 
 class HostExecutor:
-    """An :class:`~pelton.backends.base.Executor` but for ``_run`` and ``close``.
+    """An :class:`~pelton.backends.base.Executor` but for ``_run``, ``_copy_blocks`` and ``close``.
 
     Steps run inside ``submit``; ``collect`` hands out results. flops and bytes: the cost of a step.
     """
@@ -25,6 +25,10 @@ class HostExecutor:
 
     def _run(self, inputs: StepInputs) -> tuple[npt.NDArray[np.float32], float]:
         """Run a step: float32 logits [N, vocab], and seconds."""
+        raise NotImplementedError
+
+    def _copy_blocks(self, sources: list[int], targets: list[int]) -> None:
+        """Copy what blocks of the KV cache hold to other blocks, in all layers."""
         raise NotImplementedError
 
     @property
@@ -41,6 +45,9 @@ class HostExecutor:
 
     def submit(self, batch: Batch) -> int:
         inputs = step_inputs(batch, self._kv_spec.block_size)
+        if batch.copies:
+            sources, targets = zip(*batch.copies, strict=True)
+            self._copy_blocks(list(sources), list(targets))
         logits, seconds = self._run(inputs)
         stats = StepStats(seconds, inputs.shape.evaluate(self._flops), inputs.shape.evaluate(self._bytes))
         self._next_ticket += 1

@@ -27,8 +27,9 @@ from ..errors import PeltonError, RequestError
 from . import options
 
 if TYPE_CHECKING:
-    from ..llm import LLM, Prompt
+    from ..llm import LLM
     from ..outputs import CompletionOutput, RequestOutput
+    from ..prompts import Prompt
 
 PROMPT_KEYS = ("prompt", "messages", "prompt_token_ids")
 SAMPLING_KEYS = tuple(f.name for f in fields(SamplingParams))
@@ -280,7 +281,7 @@ def _answer(llm: LLM, tasks: list[Task], total: int, sink: IO[bytes], token_ids:
     start = time.monotonic()
 
     def rate() -> str:
-        return f"{llm.stats().output_tokens / max(time.monotonic() - start, 1e-9):.0f} tok/s"
+        return f"{llm.get_stats().output_tokens / max(time.monotonic() - start, 1e-9):.0f} tok/s"
 
     class Rate(ProgressColumn):
         def render(self, task: Any) -> Text:
@@ -311,7 +312,7 @@ def _answer(llm: LLM, tasks: list[Task], total: int, sink: IO[bytes], token_ids:
             bar.stop()
             print(f"stopped after {finished} of {total}; the same command goes on", file=sys.stderr)
             raise
-    stats = llm.stats()
+    stats = llm.get_stats()
     print(
         f"{finished} of {total} prompts · {stats.prompt_tokens} prompt and {stats.output_tokens} output tokens"
         f" in {time.monotonic() - start:.1f} s · {rate()}",

@@ -203,7 +203,7 @@ class Session:
 
     def answer(self, text: str) -> None:
         """Stream the answer to stdout, then the line of statistics to stderr."""
-        before = self.llm.stats()
+        before = self.llm.get_stats()
         last: RequestOutput | None = None
         pieces: list[str] = []
         if self.chat:
@@ -225,7 +225,7 @@ class Session:
             if self.chat:
                 self._remember("".join(pieces))
         if self.stats and last is not None and last.metrics is not None:
-            _note(statistics_line(last.metrics, before, self.llm.stats(), self.llm.peak_bandwidth))
+            _note(statistics_line(last.metrics, before, self.llm.get_stats(), self.llm.peak_bandwidth))
 
     def _remember(self, answer: str) -> None:
         """Keep the answer, also a partial one; a question that got none is forgotten."""

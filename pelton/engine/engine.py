@@ -5,6 +5,7 @@ Synchronous and single-threaded; text, networking and threads are the layers abo
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -15,19 +16,21 @@ from ..config import SamplingParams
 from ..errors import RequestError
 from ..metrics import RequestMetrics
 from ..outputs import Logprob
-from .request import FinishReason, Request, Sequence, derive_seed
-from .scheduler import Budget, Schedule, SchedulerState, schedule
+from .prefix_cache import CachePolicy
+from .request import FinishReason, Request, Sequence, Status, derive_seed
+from .scheduler import Batching, CapacityPolicy, Policy, Schedule, SchedulerState, schedule
 
 
 @dataclass(slots=True)
 class EngineOutput:
-    """What a step brought to one request.
+    """What a step brought to one request, and the sequence that it belongs to.
 
     ``finish_reason`` is set, with ``metrics``, by the step that ends the request. ``stop_reason`` is the
     token of ``stop_token_ids`` that ended it, None for an end-of-sequence token.
     """
 
     request_id: str
+    sequence: Sequence
     token_ids: tuple[int, ...]
     logprobs: tuple[dict[int, Logprob] | None, ...]
     finish_reason: FinishReason | None = None
@@ -44,6 +47,7 @@ class EngineStats:
     """
 
     prompt_tokens: int = 0  # of requests that reached their first token
+    cached_tokens: int = 0  # prompt tokens of these that were found in the prefix cache and not computed
     output_tokens: int = 0
     steps: int = 0
     preemptions: int = 0
@@ -58,7 +62,22 @@ class EngineStats:
     num_running: int = 0
     num_waiting: int = 0
     num_free_blocks: int = 0
+    num_cached_blocks: int = 0  # that hold something for the prefix cache, in use or free
     num_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step: what was in it, and what it cost by the executor's account."""
+
+    num_decodes: int  # sequences that had one token to compute and got the next
+    num_prefills: int  # sequences that had a chunk of their prompt computed
+    num_prefill_tokens: int
+    num_output_tokens: int
+    num_preempted: int
+    seconds: float
+    flops: float
+    bytes: float
 
 
 class LLMEngine:
@@ -70,6 +89,11 @@ class LLMEngine:
         executor: runs the steps.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: tokens of one step, prefill and decode together.
+        capacity_policy: "max_utilization" admits what fits now and preempts when blocks run out;
+            "guaranteed_no_evict" admits what fits to its end.
+        batching: "inflight", or "dynamic" and "static", for comparison: see scheduler.py.
+        batching_delay: seconds that the first of such a batch waits for others; None: the mode's own.
+        enable_prefix_caching: find what earlier requests have computed.
         eos_token_ids: tokens that end a sequence unless the request ignores them.
         vocab_size: prompt tokens must be below it.
         seed: from it come the seeds of requests that have none.
@@ -85,6 +109,10 @@ class LLMEngine:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        capacity_policy: CapacityPolicy = "max_utilization",
+        batching: Batching = "inflight",
+        batching_delay: float | None = None,
+        enable_prefix_caching: bool = True,
         eos_token_ids: frozenset[int],
         vocab_size: int,
         seed: int = 0,
@@ -95,8 +123,10 @@ class LLMEngine:
                 raise RequestError(f"{name} is {value}", "choose at least 1")
         self._executor = executor
         self._kv_spec = executor.kv_spec
-        self._budget = Budget(max_num_seqs, max_num_batched_tokens)
-        self._state = SchedulerState(self._kv_spec.num_blocks, self._kv_spec.block_size)
+        self._policy = Policy(max_num_seqs, max_num_batched_tokens, capacity_policy, batching, batching_delay)
+        self._state = SchedulerState(self._kv_spec.num_blocks, self._kv_spec.block_size, caching=enable_prefix_caching)
+        self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap
+        self._timed_out: list[EngineOutput] = []  # that nobody knows yet: a step that fails has no outputs
         # A tokenizer may know ids beyond the logits; they are never sampled, and must not index them.
         self._eos_token_ids = frozenset(t for t in eos_token_ids if 0 <= t < vocab_size)
         self._vocab_size = vocab_size
@@ -104,6 +134,7 @@ class LLMEngine:
         self._clock = clock
         self._num_added = 0
         self._stats = EngineStats()
+        self.last_step: StepRecord | None = None
 
     @property
     def max_model_len(self) -> int:
@@ -115,7 +146,7 @@ class LLMEngine:
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._state.running or self._state.waiting)
+        return bool(self._state.running or self._state.waiting or self._timed_out)
 
     def add_request(
         self,
@@ -124,27 +155,28 @@ class LLMEngine:
         params: SamplingParams,
         *,
         arrival_time: float | None = None,
+        priority: int = 0,
+        deadline: float | None = None,
+        cache: CachePolicy | None = None,
+        parent_id: str | None = None,
     ) -> None:
         """Queue a request. ``params.n`` is not looked at: the layer above adds n requests.
 
         Args:
             arrival_time: when the request was sent, in seconds of the engine's clock; None: now.
+            priority: lower ones go first, by a minute of waiting for each step; they also take the place of running
+                ones that came later.
+            deadline: seconds of the engine's clock; unfinished then, the request ends with "timeout".
+            cache: how it uses the prefix cache.
+            parent_id: an unfinished request with the same prompt, which is computed once for both.
 
         Raises:
-            RequestError: the id is in use, the prompt is empty, has tokens outside the vocabulary or is
-                too long for the context or the KV pool, or ``stop_token_ids`` are outside the vocabulary.
+            RequestError: the id is in use, the parent has another prompt, or ``validate`` refuses the request.
         """
         prompt = tuple(prompt_token_ids)
         if self._state.find(request_id) is not None:
             raise RequestError(f"request id {request_id!r} is in use", "choose another one")
-        max_total_tokens = self._check_lengths(len(prompt), params)
-        for what, token_ids in (("the prompt", prompt), ("stop_token_ids", tuple(params.stop_token_ids))):
-            for token in (min(token_ids, default=0), max(token_ids, default=0)):
-                if not 0 <= token < self._vocab_size:
-                    raise RequestError(
-                        f"{what} holds token id {token}, the vocabulary has {self._vocab_size} tokens",
-                        f"give ids from 0 to {self._vocab_size - 1}; were they made by another tokenizer?",
-                    )
+        max_total_tokens = self.validate(prompt, params)
         stop_token_ids = frozenset(params.stop_token_ids)
         request = Request(
             request_id=request_id,
@@ -154,9 +186,39 @@ class LLMEngine:
             seed=derive_seed(self._seed, self._num_added) if params.seed is None else params.seed,
             max_total_tokens=max_total_tokens,
             stop_token_ids=stop_token_ids if params.ignore_eos else stop_token_ids | self._eos_token_ids,
+            priority=priority,
+            deadline=deadline,
+            cache=cache or CachePolicy(),
         )
+        parent = self._state.find(parent_id) if parent_id is not None else None  # if finished: alone, then
+        if parent is not None and parent.request.prompt_token_ids != prompt:
+            raise RequestError(f"request {request_id!r} has another prompt than its parent", "add it without")
         self._num_added += 1
-        self._state.add(Sequence(request))
+        sequence = Sequence(request, self._num_added, parent)
+        self._state.add(sequence)
+        if deadline is not None:
+            heapq.heappush(self._deadlines, (deadline, self._num_added, sequence))
+
+    def validate(self, prompt: tuple[int, ...], params: SamplingParams) -> int:
+        """The tokens, prompt + output, that such a request may have. May be called from any thread.
+
+        Raises:
+            RequestError: the prompt is empty, has tokens outside the vocabulary or is too long for the context or
+                the KV pool, or ``stop_token_ids`` are outside the vocabulary.
+        """
+        max_total_tokens = self._check_lengths(len(prompt), params)
+        for what, token_ids in (("the prompt", prompt), ("stop_token_ids", tuple(params.stop_token_ids))):
+            for token in (min(token_ids, default=0), max(token_ids, default=0)):
+                if not 0 <= token < self._vocab_size:
+                    raise RequestError(
+                        f"{what} holds token id {token}, the vocabulary has {self._vocab_size} tokens",
+                        f"give ids from 0 to {self._vocab_size - 1}; were they made by another tokenizer?",
+                    )
+        return max_total_tokens
+
+    def now(self) -> float:
+        """Seconds of the engine's clock."""
+        return self._clock()
 
     def _check_lengths(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         """The tokens that the sequence may have at most."""
@@ -201,33 +263,58 @@ class LLMEngine:
         self._state.remove(sequence, reason)
         return sequence.metrics()
 
-    def step(self) -> list[EngineOutput]:
-        """Run one step; the outputs are those of requests that got a token.
+    def step(self, *, flush: bool = False) -> list[EngineOutput]:
+        """Run one step; the outputs are those of requests that got a token or ran out of time.
 
-        An exception of the executor passes through and leaves the requests as they were before.
+        flush: nobody else will come before this step, so that a static or dynamic batch need not wait to be filled.
+        While it does, nothing runs and there is no output. An exception of the executor passes through; the
+        requests stay, and what the step was to compute is computed again.
         """
-        if not self.has_unfinished:
-            return []
-        planned = schedule(self._state, self._budget, self._clock())
+        now = self._clock()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            self._time_out(heapq.heappop(self._deadlines)[2])
+        if not self._state.running and not self._state.waiting:
+            results, self._timed_out = self._timed_out, []
+            return results
+        planned = schedule(self._state, self._policy, now, flush=flush)
         self._stats.preemptions += len(planned.preempted)
         if not planned.sequences:
-            raise RuntimeError("no sequence can be scheduled: the scheduler lost KV blocks")
-        output = self._executor.collect(self._executor.submit(planned.batch))
+            if self._policy.batching == "inflight":
+                raise RuntimeError("no sequence can be scheduled: the scheduler lost KV blocks")
+            results, self._timed_out = self._timed_out, []
+            return results
+        try:
+            output = self._executor.collect(self._executor.submit(planned.batch))
+        except BaseException:
+            self._state.roll_back(planned)
+            raise
         now = self._clock()
-        results: list[EngineOutput] = []
-        for sequence, scheduled, sampled in zip(planned.sequences, planned.batch.sequences, output.tokens, strict=True):
-            sequence.num_computed_tokens += len(scheduled.token_ids)
+        results, self._timed_out = self._timed_out, []
+        num_timeouts, num_first = len(results), 0
+        for sequence, sampled in zip(planned.sequences, output.tokens, strict=True):
             if sampled is None:
                 continue
             sequence.append(sampled.token_id, now)
-            result = EngineOutput(sequence.request.request_id, (sampled.token_id,), (sampled.logprobs,))
+            result = EngineOutput(sequence.request.request_id, sequence, (sampled.token_id,), (sampled.logprobs,))
+            results.append(result)
+            if len(sequence.output_token_ids) == 1:
+                num_first += 1
+                self._stats.prompt_tokens += len(sequence.request.prompt_token_ids)
+                self._stats.cached_tokens += sequence.num_cached_tokens
+                self._state.release_forks(sequence)
             if self._ends(sequence, sampled.token_id):
                 result.finish_reason = sequence.finish_reason
                 result.stop_reason = sequence.stop_reason
                 result.metrics = sequence.metrics()
-            results.append(result)
-        self._account(planned, output.stats, results)
+        self._account(planned, output.stats, len(results) - num_timeouts, num_first)
         return results
+
+    def _time_out(self, sequence: Sequence) -> None:
+        if sequence.status is not Status.FINISHED:
+            self._state.remove(sequence, "timeout")
+            self._timed_out.append(
+                EngineOutput(sequence.request_id, sequence, (), (), "timeout", None, sequence.metrics())
+            )
 
     def _ends(self, sequence: Sequence, token_id: int) -> bool:
         """Finish the sequence if its new token is the last one."""
@@ -241,24 +328,30 @@ class LLMEngine:
             return False
         return True
 
-    def _account(self, planned: Schedule, step: StepStats, results: list[EngineOutput]) -> None:
-        stats = self._stats
+    def _account(self, planned: Schedule, step: StepStats, num_output_tokens: int, num_first: int) -> None:
+        """``num_first``: how many of the tokens were the first of their request."""
+        stats, scheduled = self._stats, planned.batch.sequences
+        # A recomputed sequence counts as a prefill, and so does a prompt of one token.
+        num_decodes = sum([len(s.token_ids) == 1 and s.sample is not None for s in scheduled])
+        num_prefills = len(scheduled) - num_decodes
+        self.last_step = StepRecord(
+            num_decodes=num_decodes,
+            num_prefills=num_prefills,
+            num_prefill_tokens=planned.batch.num_tokens - num_decodes,
+            num_output_tokens=num_output_tokens,
+            num_preempted=len(planned.preempted),
+            seconds=step.seconds,
+            flops=step.flops,
+            bytes=step.bytes,
+        )
         stats.steps += 1
-        stats.output_tokens += len(results)
+        stats.output_tokens += num_output_tokens
         stats.seconds += step.seconds
         stats.flops += step.flops
         stats.bytes += step.bytes
-        decodes = True
-        for sequence in planned.sequences:
-            # A decode appended one token in this step, so anything else is a prefill or its last chunk.
-            if len(sequence.output_token_ids) == 1:
-                stats.prompt_tokens += len(sequence.request.prompt_token_ids)
-                decodes = False
-            elif not sequence.output_token_ids:
-                decodes = False
-        if decodes and planned.batch.num_tokens == len(planned.sequences):
+        if not num_prefills and not num_first:
             stats.decode_steps += 1
-            stats.decode_tokens += len(results)
+            stats.decode_tokens += num_output_tokens
             stats.decode_seconds += step.seconds
             stats.decode_flops += step.flops
             stats.decode_bytes += step.bytes
@@ -270,6 +363,7 @@ class LLMEngine:
             num_running=len(self._state.running),
             num_waiting=len(self._state.waiting),
             num_free_blocks=self._state.blocks.num_free,
+            num_cached_blocks=self._state.blocks.num_cached,
             num_blocks=self._state.blocks.num_blocks,
         )
 

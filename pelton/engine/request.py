@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from ..backends.base import SampleSpec
 from ..config import SamplingParams
 from ..metrics import RequestMetrics
+from .prefix_cache import CachePolicy, Key, extend_keys, root_key
 
-FinishReason: TypeAlias = Literal["stop", "length", "abort"]
+FinishReason: TypeAlias = Literal["stop", "length", "abort", "timeout"]
+
+#: A request waits this long for others at most, in seconds: see ``Request.due``.
+PATIENCE = 60.0
 
 
 class Status(enum.Enum):
     """Where a sequence is. Only a RUNNING one holds blocks."""
 
-    WAITING = "WAITING"  # never scheduled
+    WAITING = "WAITING"  # not scheduled yet
     RUNNING = "RUNNING"
     PREEMPTED = "PREEMPTED"  # gave its blocks back; its tokens are computed again later
     FINISHED = "FINISHED"
@@ -33,24 +37,47 @@ class Request:
     seed: int
     max_total_tokens: int  # prompt + output: the least of max_tokens, the context and the KV pool
     stop_token_ids: frozenset[int]  # end the sequence; end-of-sequence ids included unless ignored
+    priority: int = 0  # lower ones go first
+    deadline: float | None = None  # seconds; unfinished then, the request ends with "timeout"
+    cache: CachePolicy = field(default_factory=CachePolicy)
+
+    @property
+    def due(self) -> float:
+        """When the request wants to be served, in seconds; the earliest goes first.
+
+        A step of priority counts as a minute of waiting, and a deadline, if it is nearer than the minute that every
+        request is expected to have, goes before. So urgent requests go first, and nobody is overtaken for ever.
+        """
+        due = self.arrival_time + PATIENCE * (self.priority + 1)
+        return due if self.deadline is None else min(due, self.deadline)
 
 
 class Sequence:
     """The state of one request. The scheduler moves ``status``, blocks and num_computed_tokens.
 
     ``token_ids`` is prompt + output. Of these, positions [0, num_computed_tokens) have their keys and
-    values in the blocks ``block_ids``; the rest is to be computed. A sequence decodes when exactly
-    one token, the last sampled one, is left to compute.
+    values in the blocks ``block_ids``, or will have after the step that was scheduled last; the rest is to be
+    computed. A sequence decodes when exactly one token, the last sampled one, is left to compute.
+
+    ``parent``: the tokens of this sequence start with those of the parent, whose blocks it takes over when it is
+    admitted. ``forks`` are the sequences that wait for this one's prompt to be computed. ``order`` sorts sequences:
+    those that go first have the smaller one.
     """
 
     __slots__ = (
         "block_ids",
+        "block_keys",
         "finish_reason",
         "first_scheduled_time",
+        "forks",
+        "num_cached_tokens",
         "num_computed_tokens",
         "num_preemptions",
+        "order",
         "output_token_ids",
+        "parent",
         "request",
+        "root_key",
         "sample_spec",
         "status",
         "stop_reason",
@@ -58,8 +85,14 @@ class Sequence:
         "token_times",
     )
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, index: int = 0, parent: Sequence | None = None) -> None:
         self.request = request
+        self.order = (request.due, index)
+        self.parent = parent
+        self.forks: list[Sequence] = []
+        self.root_key: Key = root_key(request.cache.salt)
+        self.block_keys: list[Key] = []
+        self.num_cached_tokens = 0  # of the prompt, at the first admission
         self.status = Status.WAITING
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.output_token_ids: list[int] = []
@@ -90,12 +123,18 @@ class Sequence:
         self.output_token_ids.append(token_id)
         self.token_times.append(now)
 
+    def keys(self, block_size: int) -> list[Key]:
+        """What the full blocks of this sequence hold, block after block."""
+        extend_keys(self.block_keys, self.root_key, self.token_ids, block_size)
+        return self.block_keys
+
     def metrics(self) -> RequestMetrics:
         return RequestMetrics(
             arrival_time=self.request.arrival_time,
             first_scheduled_time=self.first_scheduled_time,
             token_times=tuple(self.token_times),
             num_prompt_tokens=len(self.request.prompt_token_ids),
+            num_cached_tokens=self.num_cached_tokens,
             num_preemptions=self.num_preemptions,
         )
 

@@ -1,61 +1,96 @@
 """Which sequences run in the next step, with how many tokens and in which KV blocks.
 
-``schedule`` knows no device, clock or random number: the same state, budget and ``now`` give the same
-schedule, and all it changes is the state (blocks, status). The rules:
+``schedule`` knows no device, clock or random number: the same state, policy and ``now`` give the same
+schedule, and all it changes is the state (blocks, status, num_computed_tokens). The rules:
 
-1. RUNNING sequences that decode come first, in arrival order: each is one token and somebody waits.
+1. RUNNING sequences that decode come first: each is one token and somebody waits.
 2. RUNNING sequences in prefill get a chunk of what is left of max_num_batched_tokens.
-3. WAITING and PREEMPTED ones are admitted in arrival order; the first that does not fit ends admission,
-   so that a long prompt is not overtaken for ever.
+3. WAITING and PREEMPTED ones are admitted; the first that does not fit ends admission, so that a long prompt
+   is not overtaken for ever. What the prefix cache holds of a sequence is not computed again.
 
-A sequence gets the blocks of all tokens that it has at admission, hence only decodes ask for more. When
-none is free the latest arrival is preempted: it loses its blocks and is later computed again, its output
-tokens being part of the recomputed prompt. The earliest arrival is never preempted for another, and one
-sequence alone always fits (the engine refuses others), so every step makes progress.
+Within each rule the order is that of ``Request.due``: arrival, shifted by priorities and deadlines.
+
+A sequence gets the blocks of all tokens that it has at admission, hence only decodes ask for more. With
+``max_utilization`` the last in order is preempted when none is free: it loses its blocks and is later computed
+again, its output tokens being part of the recomputed prompt. So is one of lower priority that came later, for a request
+that does not fit otherwise. The first in order is never preempted, and one sequence alone always fits (the engine
+refuses others), so every step makes progress. With ``guaranteed_no_evict`` a
+sequence is admitted when its longest possible answer fits beside those of all others, and nobody is ever preempted.
+
+Batches are in flight: sequences join and leave at every step. ``static`` and ``dynamic`` are the older ways, for
+comparison: a batch is formed when nothing runs, from a full house or from whoever came in time, and nobody joins later.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import heapq
 from dataclasses import dataclass
+from typing import Literal
 
 from ..backends.base import Batch, ScheduledSequence
-from .kv_blocks import BlockAllocator
+from .kv_blocks import BlockPool
 from .request import FinishReason, Sequence, Status
+
+CapacityPolicy = Literal["max_utilization", "guaranteed_no_evict"]
+Batching = Literal["inflight", "dynamic", "static"]
+
+#: Seconds that the first of a batch waits for it to fill.
+BATCHING_DELAYS = {"inflight": 0.0, "dynamic": 0.05, "static": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
-    """The limits of one step: sequences and tokens."""
+class Policy:
+    """The limits of one step, sequences and tokens, and the rules of admission."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    capacity: CapacityPolicy = "max_utilization"
+    batching: Batching = "inflight"
+    batching_delay: float | None = None  # seconds; None: BATCHING_DELAYS
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """One step. ``sequences[i]`` is the sequence behind ``batch.sequences[i]``."""
+    """One step. ``sequences[i]`` is the sequence behind ``batch.sequences[i]``.
+
+    promised: blocks that others may find from now on, though only the step will fill them.
+    """
 
     batch: Batch
     sequences: tuple[Sequence, ...]
     preempted: tuple[Sequence, ...] = ()
+    promised: tuple[int, ...] = ()
 
 
 class SchedulerState:
-    """All unfinished sequences, in arrival order, and the blocks that the running ones hold.
+    """All unfinished sequences, and the blocks that the running ones hold."""
 
-    Every sequence in ``running`` arrived before every one in ``waiting``: admission is in arrival order
-    and preemption takes the latest.
-    """
-
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, caching: bool = False) -> None:
         self.block_size = block_size  # tokens
-        self.blocks = BlockAllocator(num_blocks)
-        self.waiting: OrderedDict[str, Sequence] = OrderedDict()  # WAITING or PREEMPTED
-        self.running: dict[str, Sequence] = {}
+        self.blocks = BlockPool(num_blocks, caching=caching)
+        self.running: dict[str, Sequence] = {}  # in order
+        self.waiting: dict[str, Sequence] = {}  # WAITING or PREEMPTED, forks included
+        # Heaps by order; sequences that are not waiting any more are skipped. With batches that are not in flight,
+        # who comes while one runs stays in the lobby until the next one is formed.
+        self._queue: list[tuple[tuple[float, int], Sequence]] = []
+        self._lobby: list[tuple[tuple[float, int], Sequence]] = []
 
     def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait: for its turn, or first for the prompt of its parent."""
         self.waiting[sequence.request_id] = sequence
+        parent = sequence.parent
+        if parent is not None and parent.status is not Status.FINISHED and not parent.output_token_ids:
+            parent.forks.append(sequence)
+        else:
+            heapq.heappush(self._lobby, (sequence.order, sequence))
+
+    def release_forks(self, parent: Sequence) -> None:
+        """The prompt is computed, or never will be: forks may be admitted."""
+        for fork in parent.forks:
+            if fork.status is not Status.FINISHED:
+                # Forks belong to their parent's batch.
+                heapq.heappush(self._queue, (fork.order, fork))
+        parent.forks.clear()
 
     def find(self, request_id: str) -> Sequence | None:
         return self.running.get(request_id) or self.waiting.get(request_id)
@@ -63,29 +98,94 @@ class SchedulerState:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
+    def blocks_at_end(self, sequence: Sequence) -> int:
+        """Blocks of the longest that the sequence may become; its last token needs no place."""
+        return max(self.blocks_for(sequence.request.max_total_tokens - 1), 1)
+
+    def open_doors(self, policy: Policy, now: float, flush: bool) -> None:
+        """Move who may take part in the next step from the lobby to the queue.
+
+        flush: nobody else will come before this step, so there is nothing to wait for.
+        """
+        if policy.batching == "inflight":
+            while self._lobby:
+                heapq.heappush(self._queue, heapq.heappop(self._lobby))
+            return
+        if self.running or self._first(self._queue) is not None or self._first(self._lobby) is None:
+            return
+        present = [entry for entry in self._lobby if entry[1].status is not Status.FINISHED]
+        if len(present) < policy.max_num_seqs and not flush and now < self._batch_starts(policy):
+            return
+        for _ in range(policy.max_num_seqs):
+            entry = self._pop(self._lobby)
+            if entry is None:
+                break
+            heapq.heappush(self._queue, entry)
+
+    def _batch_starts(self, policy: Policy) -> float:
+        delay = BATCHING_DELAYS[policy.batching] if policy.batching_delay is None else policy.batching_delay
+        waiting = (s.request.arrival_time for _, s in self._lobby if s.status is not Status.FINISHED)
+        return min(waiting) + delay
+
+    @staticmethod
+    def _first(heap: list[tuple[tuple[float, int], Sequence]]) -> Sequence | None:
+        while heap and heap[0][1].status is Status.FINISHED:
+            heapq.heappop(heap)
+        return heap[0][1] if heap else None
+
+    def _pop(self, heap: list[tuple[tuple[float, int], Sequence]]) -> tuple[tuple[float, int], Sequence] | None:
+        return None if self._first(heap) is None else heapq.heappop(heap)
+
+    def first_waiting(self) -> Sequence | None:
+        """Who is admitted next."""
+        return self._first(self._queue)
+
+    def admit(self, sequence: Sequence) -> None:
+        """Let the first of the queue run."""
+        heapq.heappop(self._queue)
+        request_id = sequence.request_id
+        del self.waiting[request_id]
+        last = next(reversed(self.running.values()), None)
+        self.running[request_id] = sequence
+        if last is not None and sequence.order < last.order:
+            self.running = dict(sorted(self.running.items(), key=lambda item: item[1].order))
+        sequence.status = Status.RUNNING
+
     def remove(self, sequence: Sequence, reason: FinishReason, stop_reason: int | None = None) -> None:
         """Finish a sequence, for any reason, and free its blocks."""
         if sequence.status is Status.RUNNING:
             del self.running[sequence.request_id]
         else:
             del self.waiting[sequence.request_id]
+        self.release_forks(sequence)
         self._release(sequence)
         sequence.status = Status.FINISHED
         sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
+        sequence.parent = None
 
-    def preempt_latest(self) -> Sequence:
-        """Send the latest arrival back to the head of the queue, to be computed again."""
-        request_id, sequence = self.running.popitem()
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's blocks; it waits to be computed again."""
+        del self.running[sequence.request_id]
         self._release(sequence)
         sequence.status = Status.PREEMPTED
         sequence.num_preemptions += 1
-        self.waiting[request_id] = sequence
-        self.waiting.move_to_end(request_id, last=False)
-        return sequence
+        self.waiting[sequence.request_id] = sequence
+        heapq.heappush(self._queue, (sequence.order, sequence))
+
+    def last_running(self) -> Sequence:
+        return next(reversed(self.running.values()))
+
+    def roll_back(self, planned: Schedule) -> None:
+        """A step failed: nothing that it was to compute is there, and all its sequences start anew."""
+        for block in planned.promised:
+            self.blocks.forget(block)
+        for sequence in planned.sequences:
+            if sequence.status is Status.RUNNING:
+                self.preempt(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        # In reverse, so that a pool that is a stack hands them out in order again.
+        # In reverse: a pool that is a stack hands them out in order again, and of cached ones the last goes first.
         self.blocks.free(reversed(sequence.block_ids))
         sequence.block_ids = ()
         sequence.num_computed_tokens = 0
@@ -96,83 +196,208 @@ class SchedulerState:
         for sequence in self.waiting.values():
             if sequence.block_ids or sequence.num_computed_tokens:
                 raise RuntimeError(f"{sequence.request_id} holds KV blocks without running")
+        queued = {id(s) for heap in (self._queue, self._lobby) for _, s in heap}
+        parked = {id(f) for s in (*self.running.values(), *self.waiting.values()) for f in s.forks}
+        for sequence in self.waiting.values():
+            if (id(sequence) in queued) == (id(sequence) in parked):
+                raise RuntimeError(f"{sequence.request_id} waits nowhere, or twice")
+        orders = [s.order for s in self.running.values()]
+        if orders != sorted(orders):
+            raise RuntimeError("running sequences are out of order")
 
 
-def schedule(state: SchedulerState, budget: Budget, now: float) -> Schedule:
-    """Decide the next step; ``now`` (seconds) stamps sequences that run for the first time.
+class _Step:
+    """A schedule while it grows."""
 
-    The result is empty only when there is no unfinished sequence.
-    """
-    tokens_left = budget.max_num_batched_tokens
-    block_size = state.block_size
-    blocks = state.blocks
-    scheduled: list[ScheduledSequence] = []
-    sequences: list[Sequence] = []
-    preempted: list[Sequence] = []
-    prefills: list[Sequence] = []
+    def __init__(self, state: SchedulerState, policy: Policy, now: float) -> None:
+        self.state = state
+        self.policy = policy
+        self.now = now
+        self.tokens_left = policy.max_num_batched_tokens
+        self.scheduled: list[ScheduledSequence] = []
+        self.sequences: list[Sequence] = []
+        self.preempted: list[Sequence] = []  # for want of blocks
+        self.displaced: list[Sequence] = []  # for a higher priority
+        self.promised: list[int] = []
+        self.copies: list[tuple[int, int]] = []
 
-    for sequence in list(state.running.values()):
-        if sequence.status is not Status.RUNNING:
-            break  # preempted below, and so is everything that arrived later
-        token_ids = sequence.token_ids
-        num_tokens = len(token_ids)
-        computed = sequence.num_computed_tokens
-        if num_tokens - computed > 1:
-            prefills.append(sequence)
-            continue
-        if not tokens_left:
-            continue
-        if num_tokens > len(sequence.block_ids) * block_size:
-            while not blocks.num_free and (not preempted or preempted[-1] is not sequence):
-                preempted.append(state.preempt_latest())
-            if preempted and preempted[-1] is sequence:
+    def decodes(self) -> list[Sequence]:
+        """Schedule all sequences that decode; those that prefill."""
+        state, blocks = self.state, self.state.blocks
+        block_size, caching = state.block_size, blocks.cache is not None
+        scheduled, sequences = self.scheduled, self.sequences
+        left = self.tokens_left
+        prefills: list[Sequence] = []
+        for sequence in list(state.running.values()):
+            if sequence.status is not Status.RUNNING:
+                break  # preempted below, and so is everything after it
+            computed = sequence.num_computed_tokens
+            token_ids = sequence.token_ids
+            if len(token_ids) - computed > 1:
+                prefills.append(sequence)
+                continue
+            if not left:
+                continue
+            if computed >= len(sequence.block_ids) * block_size and not self._grow(sequence):
                 break
-            sequence.block_ids += blocks.allocate(1)
-        tokens_left -= 1
-        scheduled.append(
+            left -= 1
+            scheduled.append(
+                ScheduledSequence(
+                    sequence.request.request_id, (token_ids[-1],), computed, sequence.block_ids, sequence.sample_spec
+                )
+            )
+            sequences.append(sequence)
+            sequence.num_computed_tokens = computed = computed + 1
+            if caching and not computed % block_size:
+                self._promise(sequence, computed - 1, computed)
+        self.tokens_left = left
+        return prefills
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """One more block; False if the sequence itself had to be preempted."""
+        state = self.state
+        while not state.blocks.num_free:
+            last = state.last_running()
+            state.preempt(last)
+            self.preempted.append(last)
+            if last is sequence:
+                return False
+        sequence.block_ids += state.blocks.allocate(1)
+        return True
+
+    def prefill(self, sequence: Sequence) -> None:
+        """Schedule the next chunk of a prompt; only the last one samples."""
+        start = sequence.num_computed_tokens
+        end = min(start + self.tokens_left, len(sequence.token_ids))
+        self.scheduled.append(
             ScheduledSequence(
-                sequence.request.request_id, (token_ids[-1],), computed, sequence.block_ids, sequence.sample_spec
+                sequence.request.request_id,
+                tuple(sequence.token_ids[start:end]),
+                start,
+                sequence.block_ids[: self.state.blocks_for(end)],
+                sequence.sample_spec if end == len(sequence.token_ids) else None,
             )
         )
-        sequences.append(sequence)
+        self.sequences.append(sequence)
+        self.tokens_left -= end - start
+        sequence.num_computed_tokens = end
+        if self.state.blocks.cache is not None:
+            self._promise(sequence, start, end)
 
-    for sequence in prefills:
-        if not tokens_left:
-            break
-        if sequence.status is Status.RUNNING:
-            scheduled.append(_chunk(sequence, tokens_left, block_size))
-            sequences.append(sequence)
-            tokens_left -= len(scheduled[-1].token_ids)
+    def _promise(self, sequence: Sequence, start: int, end: int) -> None:
+        """Let others find the blocks that the tokens [start, end) make full."""
+        cache = sequence.request.cache
+        if not cache.store:
+            return
+        block_size = self.state.block_size
+        first, last = start // block_size, end // block_size
+        if first == last:
+            return
+        keys = sequence.keys(block_size)
+        for index in range(first, last):
+            block = sequence.block_ids[index]
+            if self.state.blocks.remember(block, keys[index], cache, self.now):
+                self.promised.append(block)
 
+    def make_room(self) -> None:
+        """Preempt running sequences for the first that waits, if its priority is higher."""
+        state = self.state
+        if self.policy.capacity == "guaranteed_no_evict" or (first := state.first_waiting()) is None:
+            return
+        while state.running and self._fits(first) is None:
+            last = state.last_running()
+            if last.request.priority <= first.request.priority or last.order < first.order:
+                return
+            state.preempt(last)
+            self.displaced.append(last)
+
+    def admissions(self) -> None:
+        """Admit who waits, as long as there is room."""
+        state = self.state
+        while self.tokens_left and (sequence := state.first_waiting()) is not None:
+            fits = self._fits(sequence)
+            if fits is None:
+                return
+            found, parent = fits
+            state.admit(sequence)
+            self._give_blocks(sequence, found, parent)
+            if sequence.first_scheduled_time is None:
+                sequence.first_scheduled_time = self.now
+                sequence.num_cached_tokens = sequence.num_computed_tokens
+            self.prefill(sequence)
+
+    def _fits(self, sequence: Sequence) -> tuple[list[int], Sequence | None] | None:
+        """Where the beginning of the sequence is to be had, cached blocks or a parent; None if there is no room."""
+        state = self.state
+        if len(state.running) >= self.policy.max_num_seqs:
+            return None
+        num_tokens = len(sequence.token_ids)
+        found: list[int] = []
+        num_idle = 0
+        parent = sequence.parent
+        if parent is not None and self._is_computed(parent, num_tokens - 1):
+            num_shared = (num_tokens - 1) // state.block_size
+        else:
+            parent = None
+            if state.blocks.cache is not None and sequence.request.cache.read:
+                # The last token is computed in any case: its logits are what the request is about.
+                keys = sequence.keys(state.block_size)[: (num_tokens - 1) // state.block_size]
+                found, num_idle = state.blocks.find(keys)
+            num_shared = len(found)
+        free = state.blocks.num_free - num_idle
+        if self.policy.capacity == "guaranteed_no_evict":
+            promised = sum(state.blocks_at_end(s) - len(s.block_ids) for s in state.running.values())
+            fits = state.blocks_at_end(sequence) - num_shared + promised <= free
+        else:
+            # One block of headroom for every running sequence: without it, admission into an almost full pool
+            # is undone by a preemption within a few steps, and the prefill was for nothing.
+            fits = state.blocks_for(num_tokens) - num_shared + len(state.running) <= free
+        return (found, parent) if fits else None
+
+    def _is_computed(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Whether the beginning of a sequence is in its blocks before this step: what is copied must be."""
+        if sequence.status is not Status.RUNNING or sequence.num_computed_tokens < num_tokens:
+            return False
+        return not any(s is sequence and b.num_computed_tokens < num_tokens
+                       for s, b in zip(self.sequences, self.scheduled, strict=True))  # fmt: skip
+
+    def _give_blocks(self, sequence: Sequence, found: list[int], parent: Sequence | None) -> None:
+        """All blocks of a sequence that was just admitted, and how far they are computed."""
+        blocks, block_size = self.state.blocks, self.state.block_size
+        num_tokens = len(sequence.token_ids)
+        needed = self.state.blocks_for(num_tokens)
+        if parent is not None:
+            computed = num_tokens - 1
+            shared = parent.block_ids[: computed // block_size]
+            blocks.fork(shared)
+            own = blocks.allocate(needed - len(shared))
+            if computed % block_size:  # both go on writing in this block, each in its own copy
+                self.copies.append((parent.block_ids[len(shared)], own[0]))
+        else:
+            if found:
+                blocks.take(found, sequence.request.cache, self.now)
+            shared, computed = tuple(found), len(found) * block_size
+            own = blocks.allocate(needed - len(shared))
+        sequence.block_ids = shared + own
+        sequence.num_computed_tokens = computed
+
+
+def schedule(state: SchedulerState, policy: Policy, now: float, *, flush: bool = False) -> Schedule:
+    """Decide the next step; ``now`` (seconds) stamps sequences that run for the first time.
+
+    flush: nobody else will come before this step. The result is empty only when there is no unfinished sequence, or
+    while a batch that is not in flight waits to be filled.
+    """
+    state.blocks.expire(now)
+    step = _Step(state, policy, now)
+    if state.waiting:
+        state.open_doors(policy, now, flush)
+        step.make_room()
+    for sequence in step.decodes():
+        if step.tokens_left and sequence.status is Status.RUNNING:
+            step.prefill(sequence)
     # The victim of a preemption would take back the very blocks that were just freed.
-    while state.waiting and tokens_left and not preempted and len(state.running) < budget.max_num_seqs:
-        request_id, sequence = next(iter(state.waiting.items()))
-        needed = state.blocks_for(len(sequence.token_ids))
-        # One block of headroom for every running sequence: without it, admission into an almost full pool
-        # is undone by a preemption within a few steps, and the prefill was for nothing.
-        if needed + len(state.running) > blocks.num_free:
-            break
-        del state.waiting[request_id]
-        state.running[request_id] = sequence
-        sequence.status = Status.RUNNING
-        sequence.block_ids = blocks.allocate(needed)
-        if sequence.first_scheduled_time is None:
-            sequence.first_scheduled_time = now
-        scheduled.append(_chunk(sequence, tokens_left, block_size))
-        sequences.append(sequence)
-        tokens_left -= len(scheduled[-1].token_ids)
-
-    return Schedule(Batch(tuple(scheduled)), tuple(sequences), tuple(preempted))
-
-
-def _chunk(sequence: Sequence, max_tokens: int, block_size: int) -> ScheduledSequence:
-    """The next at most ``max_tokens`` tokens of a prefill; only the last chunk samples."""
-    start = sequence.num_computed_tokens
-    end = min(start + max_tokens, len(sequence.token_ids))
-    return ScheduledSequence(
-        request_id=sequence.request.request_id,
-        token_ids=tuple(sequence.token_ids[start:end]),
-        num_computed_tokens=start,
-        block_ids=sequence.block_ids[: -(-end // block_size)],
-        sample=sequence.sample_spec if end == len(sequence.token_ids) else None,
-    )
+    if not step.preempted and state.waiting:
+        step.admissions()
+    batch = Batch(tuple(step.scheduled), tuple(step.copies))
+    return Schedule(batch, tuple(step.sequences), (*step.displaced, *step.preempted), tuple(step.promised))

@@ -2,11 +2,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pelton.engine.kv_blocks import BlockAllocator
+from pelton.engine.kv_blocks import BlockPool
 
 
 def test_a_block_is_free_again_only_when_its_last_holder_frees_it():
-    blocks = BlockAllocator(3)
+    blocks = BlockPool(3)
     held = blocks.allocate(2)
     blocks.fork(held)
     blocks.free(held)
@@ -18,7 +18,7 @@ def test_a_block_is_free_again_only_when_its_last_holder_frees_it():
 
 
 def test_freeing_twice_is_refused():
-    blocks = BlockAllocator(2)
+    blocks = BlockPool(2)
     held = blocks.allocate(1)
     blocks.free(held)
     with pytest.raises(RuntimeError, match="freed twice"):
@@ -27,18 +27,18 @@ def test_freeing_twice_is_refused():
 
 def test_forking_a_free_block_is_refused():
     with pytest.raises(RuntimeError, match="forked while free"):
-        BlockAllocator(2).fork([1])
+        BlockPool(2).fork([1])
 
 
 def test_more_blocks_than_are_free_are_refused_and_none_is_taken():
-    blocks = BlockAllocator(2)
+    blocks = BlockPool(2)
     with pytest.raises(RuntimeError, match="3 KV blocks wanted, 2 free"):
         blocks.allocate(3)
     assert blocks.num_free == 2
 
 
 def test_check_names_a_block_that_nobody_holds():
-    blocks = BlockAllocator(2)
+    blocks = BlockPool(2)
     blocks.allocate(1)
     with pytest.raises(RuntimeError, match="1 references, 0 sequences"):
         blocks.check([])
@@ -46,7 +46,7 @@ def test_check_names_a_block_that_nobody_holds():
 
 @given(st.integers(1, 6), st.lists(st.tuples(st.sampled_from(["allocate", "fork", "free"]), st.integers(0, 7))))
 def test_any_order_of_operations_keeps_the_books(num_blocks, operations):
-    blocks = BlockAllocator(num_blocks)
+    blocks = BlockPool(num_blocks)
     held: list[tuple[int, ...]] = []
     for operation, number in operations:
         if operation == "allocate" and number <= blocks.num_free:

@@ -91,7 +91,7 @@ class FakeExecutor:
         self.closed = False
         self.fail_with: BaseException | None = None  # raised once by the next submit
         self._slots = [[None] * block_size for _ in range(num_blocks)]  # type: list[list[int | None]]
-        self._told: dict[str, list[int]] = {}  # request id -> the tokens it consists of
+        self._told: dict[str, list[int | None]] = {}  # request id -> the tokens it consists of
         self._results: dict[int, StepOutput] = {}
         self._ticket = 0
 
@@ -104,6 +104,9 @@ class FakeExecutor:
         if self.verify:
             self._verify_limits(batch)
             self.batches.append(batch)
+        copied = [list(self._slots[source]) for source, _ in batch.copies]
+        for (_, target), slots in zip(batch.copies, copied, strict=True):
+            self._slots[target] = slots
         hashes = [self._compute(sequence) for sequence in batch.sequences]
         tokens = self._sample(batch, hashes)
         self._ticket += 1
@@ -127,17 +130,20 @@ class FakeExecutor:
             assert len(ids) <= self.max_num_seqs
         if self.max_num_batched_tokens is not None:
             assert batch.num_tokens <= self.max_num_batched_tokens
-        # Blocks that a step writes belong to one sequence; others may be shared for reading.
+        # A block that a step writes has one writer. Who reads it comes later; what it reads, _verify_history checks.
         holders: dict[int, str] = {}
-        written: dict[int, str] = {}
+        writers: dict[int, str] = {}
+        for source, target in batch.copies:
+            assert source != target
+            writers[target] = "a copy"
         for sequence in batch.sequences:
             first = sequence.num_computed_tokens // self.kv_spec.block_size
             for index, block in enumerate(sequence.block_ids):
                 assert 0 <= block < self.kv_spec.num_blocks
-                assert block not in written, f"{sequence.request_id} holds a block that {written[block]} writes"
                 if index >= first:
                     assert block not in holders, f"{sequence.request_id} writes a block of {holders[block]}"
-                    written[block] = sequence.request_id
+                    assert writers.get(block, "a copy") == "a copy", f"{block} is written by {writers[block]} too"
+                    writers[block] = sequence.request_id
                 holders[block] = sequence.request_id
 
     def _compute(self, sequence: ScheduledSequence) -> int:
@@ -161,21 +167,28 @@ class FakeExecutor:
         return h
 
     def _verify_history(self, sequence: ScheduledSequence) -> None:
-        start, block_size = sequence.num_computed_tokens, self.kv_spec.block_size
+        start, end = sequence.num_computed_tokens, sequence.num_computed_tokens + len(sequence.token_ids)
         told = self._told.setdefault(sequence.request_id, [])
-        known = told[start : start + len(sequence.token_ids)]
-        assert list(sequence.token_ids[: len(known)]) == known, "a recomputed token differs from the first time"
-        assert start <= len(told), f"{sequence.request_id} skips positions {len(told)} to {start}"
-        told[start : start + len(sequence.token_ids)] = sequence.token_ids
-        h = ROOT
-        for position in range(start):
-            h = extend(h, told[position])
-            slot = self._slots[sequence.block_ids[position // block_size]][position % block_size]
-            assert slot == h, f"the KV of {sequence.request_id} at position {position} is another one's"
+        # None: never told, as others have computed it; a step that samples tells all.
+        told += [None] * (end - len(told))
+        now_told = list(enumerate(sequence.token_ids, start))
         if sequence.sample is not None:
             history = [*sequence.sample.prompt_token_ids, *sequence.sample.output_token_ids]
-            end = start + len(sequence.token_ids)
-            assert history == told[:end], "sampled before the end of the tokens"
+            assert len(history) == end, "sampled before the end of the tokens"
+            now_told += enumerate(history)
+        for position, token in now_told:
+            assert told[position] in (None, token), "a token differs from the first time"
+            told[position] = token
+        h = ROOT
+        for position in range(start):
+            token = told[position]
+            if token is None:
+                return
+            h = extend(h, token)
+            slot = self._slots[sequence.block_ids[position // self.kv_spec.block_size]][
+                position % self.kv_spec.block_size
+            ]
+            assert slot == h, f"the KV of {sequence.request_id} at position {position} is another one's"
 
     def _sample(self, batch: Batch, hashes: list[int]) -> tuple[SampledToken | None, ...]:
         tokens: list[SampledToken | None] = [None] * len(hashes)

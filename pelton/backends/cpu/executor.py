@@ -114,11 +114,13 @@ class CpuExecutor(HostExecutor):
         self._native = _native.Executor(isa, threads, max(program.arena_bytes, 64))
         for data in self._pack(read, content_key, on_packed):
             self._native.add_constant(data)
+        self._caches: list[Bytes] = []  # [num_blocks, bytes of a block], all that the native side has
         for cache in program.caches:
             format = CACHE_FORMATS[cache.dtype]
-            self._native.add_cache(
+            index = self._native.add_cache(
                 _native.cache_bytes(cache.num_kv_heads, cache.head_dim, kv_spec.block_size, kv_spec.num_blocks, format)
             )
+            self._caches.append(self._native.cache(index).reshape(kv_spec.num_blocks, -1))
         self._activations = activations if _native.has_int8_products(isa) else "float"
         for call in native_calls(program, kv_spec.block_size, kv_spec.num_blocks, self._activations):
             self._native.add_call(call.kernel, call.operands, call.ints, call.floats)
@@ -155,6 +157,10 @@ class CpuExecutor(HostExecutor):
         rest = iter(packed)
         return [pack_constant(c, read) if c.expr is None else next(rest) for c in constants]
 
+    def _copy_blocks(self, sources: list[int], targets: list[int]) -> None:
+        for cache in self._caches:
+            cache[targets] = cache[sources]
+
     def _run(self, inputs: StepInputs) -> tuple[npt.NDArray[np.float32], float]:
         seconds: float = self._native.run(inputs.dims, self._inputs(inputs))
         output = self.program.output
@@ -187,6 +193,7 @@ class CpuExecutor(HostExecutor):
         return seconds
 
     def close(self) -> None:
+        self._caches.clear()
         self._native.close()
         if self._publishing is not None:
             self._publishing.join()

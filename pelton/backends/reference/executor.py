@@ -35,6 +35,10 @@ class ReferenceExecutor(HostExecutor):
             elif isinstance(node.type, CacheType) and node.op == "input":
                 self._caches[node] = _zeros(node.type, kv_spec)
 
+    def _copy_blocks(self, sources: list[int], targets: list[int]) -> None:
+        for cache in self._caches.values():
+            cache[:, targets] = cache[:, sources]
+
     def _run(self, inputs: StepInputs) -> tuple[Any, float]:
         start = time.perf_counter()
         values: dict[Node, Any] = {**self._constants, **self._caches}

@@ -1,0 +1,152 @@
+"""From a request to what the engine runs, and from its tokens to text and stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from .config import SamplingParams
+from .errors import RequestError
+from .outputs import CompletionOutput, RequestOutput
+from .prompts import Detokenizer, EncodedPrompt, Tokenizer
+
+if TYPE_CHECKING:
+    from .engine.engine import EngineOutput
+    from .metrics import RequestMetrics
+
+
+class Answer:
+    """One of the n answers to a prompt while it grows: tokens to text, stop strings."""
+
+    __slots__ = ("_detokenizer", "_stops", "_tokenizer", "completion", "delta", "output", "params", "sequence_id")
+
+    def __init__(
+        self,
+        sequence_id: str,
+        output: RequestOutput,
+        completion: CompletionOutput,
+        params: SamplingParams,
+        tokenizer: Tokenizer | None,
+        detokenizer: Detokenizer | None,
+        stops: Any,
+    ) -> None:
+        self.sequence_id = sequence_id
+        self.output = output
+        self.completion = completion
+        completion.token_ids = []
+        completion.logprobs = None if params.logprobs is None else []
+        completion.cumulative_logprob = None if params.logprobs is None else 0.0
+        self.params = params
+        self._tokenizer = tokenizer
+        self._detokenizer = detokenizer
+        self._stops = stops
+        self.delta = CompletionOutput(completion.index)
+
+    def take(self, new: EngineOutput) -> bool:
+        """Append what a step brought; True if a stop string ended the answer."""
+        whole, params = self.completion, self.params
+        assert isinstance(whole.token_ids, list)
+        whole.token_ids.extend(new.token_ids)
+        logprobs = None
+        if whole.logprobs is not None:
+            logprobs = [entry for entry in new.logprobs if entry is not None]
+            if self._tokenizer is not None:
+                for token_id, logprob in ((t, p) for entry in logprobs for t, p in entry.items()):
+                    logprob.decoded_token = self._tokenizer.decode([token_id], skip_special_tokens=False)
+            whole.logprobs.extend(logprobs)
+            assert whole.cumulative_logprob is not None
+            for token_id, entry in zip(new.token_ids, logprobs, strict=True):
+                whole.cumulative_logprob += entry[token_id]
+        if new.finish_reason is not None:
+            whole.finish_reason, whole.stop_reason = new.finish_reason, new.stop_reason
+            self.metrics(new.metrics)
+        text, matched = self._text(new, len(whole.token_ids) <= params.min_tokens)
+        whole.text += text
+        if matched is not None:
+            whole.finish_reason, whole.stop_reason = "stop", matched
+        self.delta = CompletionOutput(
+            whole.index,
+            text,
+            new.token_ids,
+            logprobs,
+            whole.finish_reason,
+            whole.stop_reason,
+            whole.cumulative_logprob,
+        )
+        return matched is not None
+
+    def _text(self, new: EngineOutput, too_early: bool) -> tuple[str, str | None]:
+        if self._detokenizer is None:
+            return "", None
+        shown: Sequence[int] = new.token_ids
+        if new.finish_reason == "stop" and not self.params.include_stop_str_in_output:
+            shown = shown[:-1]  # the token that stopped is no part of the answer
+        final = new.finish_reason is not None
+        text = self._detokenizer.add(shown)
+        if final:
+            text += self._detokenizer.finish()
+        if self._stops is None or too_early:
+            return text, None
+        emitted, matched = self._stops.push(text, final)
+        return emitted, matched
+
+    def metrics(self, metrics: RequestMetrics | None) -> None:
+        """Take the stamps of the finished sequence; those of the first answer are the request's."""
+        if self.completion.index == 0:
+            self.output.metrics = metrics
+
+
+def answers_for(
+    request_id: str, given: EncodedPrompt, params: SamplingParams, tokenizer: Tokenizer | None
+) -> list[Answer]:
+    """The n answers to a prompt, with the output that they fill in common.
+
+    Raises:
+        RequestError: stop strings without a tokenizer.
+    """
+    from .engine.request import derive_seed
+    from .text.detokenize import StopStrings
+
+    if params.stop and tokenizer is None:
+        raise RequestError("stop strings need a tokenizer, and the checkpoint has none", "use stop_token_ids")
+    output = RequestOutput(request_id, given.text, given.token_ids, [CompletionOutput(i) for i in range(params.n)])
+    answers = []
+    for i, completion in enumerate(output.outputs):
+        one = params if params.n == 1 else replace(params, n=1)
+        if i and params.seed is not None:
+            one = replace(one, seed=derive_seed(params.seed, i))
+        answers.append(
+            Answer(
+                request_id if params.n == 1 else f"{request_id}.{i}",
+                output,
+                completion,
+                one,
+                tokenizer,
+                None
+                if tokenizer is None
+                else tokenizer.detokenizer(params.skip_special_tokens, at_start=given.is_chat),
+                StopStrings(tuple(params.stop), params.include_stop_str_in_output) if params.stop else None,
+            )
+        )
+    return answers
+
+
+def add_to(engine: Any, answers: Sequence[Answer], given: EncodedPrompt, **options: Any) -> None:
+    """Queue the n sequences of a prompt, which is computed once.
+
+    engine: what has the ``add_request`` of :class:`pelton.engine.engine.LLMEngine`. The first of the n is refused, or
+    none is: they differ in nothing but the seed.
+    """
+    from .engine.prefix_cache import CachePolicy
+
+    cache = CachePolicy(salt=given.cache_salt)
+    for i, answer in enumerate(answers):
+        engine.add_request(
+            answer.sequence_id,
+            given.token_ids,
+            answer.params,
+            cache=cache,
+            parent_id=answers[0].sequence_id if i else None,
+            **options,
+        )

@@ -1,0 +1,161 @@
+"""The engine in a thread of its own, for callers that must not wait: servers, event loops.
+
+While a step runs in native code the interpreter is free, so the thread that takes the outputs turns tokens into text
+and streams them in that time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ..config import SamplingParams
+from ..errors import PeltonError
+from .engine import EngineOutput, EngineStats, LLMEngine
+
+#: Seconds between two looks at a static or dynamic batch that waits to be filled.
+_POLL = 0.002
+#: Seconds without a request after which the books of the KV cache are checked.
+_IDLE = 0.5
+
+
+class EngineDeadError(PeltonError):
+    """The engine failed in a way that it cannot answer anybody any more."""
+
+
+class AsyncEngine:
+    """Steps an LLMEngine whenever there is something to do. All methods may be called from any thread.
+
+    Args:
+        engine: belongs to this object from now on.
+        on_outputs: called in the engine's thread with what a step brought; must be quick and must not raise.
+        on_failure: called in the engine's thread when a step raised: all requests that were there are gone, each
+            to be told the error. New ones may be added; the engine goes on.
+    """
+
+    def __init__(
+        self,
+        engine: LLMEngine,
+        on_outputs: Callable[[list[EngineOutput]], None],
+        on_failure: Callable[[list[str], BaseException], None],
+    ) -> None:
+        self._engine = engine
+        self._on_outputs = on_outputs
+        self._on_failure = on_failure
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._dead: BaseException | None = None
+        self._unfinished: set[str] = set()
+        self._stats = engine.stats()
+        self._thread = threading.Thread(target=self._run, name="pelton-engine", daemon=True)
+        self._thread.start()
+
+    def add_request(
+        self, request_id: str, prompt_token_ids: Iterable[int], params: SamplingParams, **options: Any
+    ) -> None:
+        """As :meth:`LLMEngine.add_request`; ids must be new.
+
+        Raises:
+            RequestError: the request is refused, now and here.
+            EngineDeadError: there is no engine any more.
+        """
+        if self._dead is not None or self._stopping:
+            raise EngineDeadError(f"the engine has stopped ({self._dead or 'closed'})", "start a new one")
+        prompt = tuple(prompt_token_ids)
+        self._engine.validate(prompt, params)
+        options.setdefault("arrival_time", self._engine.now())
+        self._command(lambda: self._add(request_id, prompt, params, options))
+
+    def _add(self, request_id: str, prompt: tuple[int, ...], params: SamplingParams, options: dict[str, Any]) -> None:
+        self._engine.add_request(request_id, prompt, params, **options)
+        self._unfinished.add(request_id)
+
+    def finish(self, request_id: str, reason: Any = "abort") -> None:
+        """End a request, if it is still there; no output of it is on its way afterwards but those that are already."""
+
+        def end() -> None:
+            if request_id in self._unfinished:
+                self._unfinished.discard(request_id)
+                self._engine.finish(request_id, reason)
+
+        self._command(end)
+
+    def stats(self) -> EngineStats:
+        """Totals as of the last step."""
+        return self._stats
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why the engine has died; None while it lives."""
+        return self._dead
+
+    def close(self) -> None:
+        """End the thread, after the step that runs. Requests that are unfinished get nothing more. Idempotent."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        try:
+            while self._next():
+                pass
+        except BaseException as error:  # a bug of ours: nobody may wait for an answer that never comes
+            self._dead = error
+            self._on_failure(sorted(self._unfinished), error)
+            self._unfinished.clear()
+
+    def _next(self) -> bool:
+        """Take commands and run a step, or wait for something to do. False at the end."""
+        if not self._engine.has_unfinished:
+            self._wait()
+        if self._commands:
+            while self._commands:
+                self._commands.popleft()()
+            self._stats = self._engine.stats()
+        if self._stopping:
+            return False
+        if not self._engine.has_unfinished:
+            return True
+        steps = self._stats.steps
+        try:
+            outputs = self._engine.step()
+        except Exception as error:
+            self._fail(error)
+            return True
+        self._stats = self._engine.stats()
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._unfinished.discard(output.request_id)
+        if outputs:
+            self._on_outputs(outputs)
+        elif self._stats.steps == steps:  # a batch waits for others
+            time.sleep(_POLL)
+        return True
+
+    def _wait(self) -> None:
+        checked = False
+        with self._wake:
+            while not self._commands and not self._stopping:
+                if not self._wake.wait(None if checked else _IDLE) and not checked:
+                    self._engine.check()  # raises if a block was lost, which ends the engine
+                    checked = True
+
+    def _fail(self, error: BaseException) -> None:
+        """Nobody knows which request a failed step is to blame on, and to try again might fail for ever."""
+        gone = sorted(self._unfinished)
+        self._unfinished.clear()
+        for request_id in gone:
+            self._engine.abort(request_id)
+        self._stats = self._engine.stats()
+        self._on_failure(gone, error)

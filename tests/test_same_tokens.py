@@ -1,0 +1,122 @@
+"""The same request gives the same greedy tokens, however the engine gets there: real weights, the CPU backend."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from typing import Any
+
+import pytest
+
+from pelton import LLM, AsyncLLM, SamplingParams
+from tests.helpers.tiny_models import tiny_checkpoint
+
+SYSTEM = (
+    "You are a careful assistant. Answer in short sentences, say what you do not know, and never invent a source. "
+    "If somebody asks for a list, give at most three items. Dates are written as year, month, day. "
+)
+PROMPTS = [
+    SYSTEM + question
+    for question in (
+        "Why is the sky blue?",
+        "Why is the sea salty?",
+        "Name three rivers of France.",
+        "What is a transistor, and who made the first one?",
+        "Write a haiku about rain.",
+    )
+]
+GREEDY = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
+
+
+def answers(prompts: list[str] = PROMPTS, params: SamplingParams = GREEDY, **options: Any) -> list[list[int]]:
+    with LLM(max_model_len=512, **options) as llm:
+        return [list(o.token_ids) for output in llm.generate(prompts, params) for o in output.outputs]
+
+
+@functools.cache
+def alone() -> list[list[int]]:
+    return [answers([prompt], enable_prefix_caching=False)[0] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"enable_prefix_caching": False},
+        {"max_num_batched_tokens": 7, "max_num_seqs": 5},
+        {"max_num_seqs": 2},
+        {"batching": "static"},
+        {"batching": "dynamic", "max_num_seqs": 3},
+        {"threads": 1},
+    ],
+    ids=str,
+)
+def test_in_company(options):
+    assert answers(**options) == alone()
+
+
+def test_after_preemptions():
+    # 23 blocks of 16 tokens; all five would need 35 at their ends.
+    with LLM(max_model_len=128, kv_cache_memory=23 * 16 * 23_040, enable_prefix_caching=False) as llm:
+        got = [list(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, GREEDY)]
+        assert llm.get_stats().preemptions > 0
+    assert got == alone()
+
+
+def test_with_what_earlier_requests_left_in_the_cache():
+    with LLM(max_model_len=512) as llm:
+        for _ in range(2):
+            before = llm.get_stats()
+            got = [list(llm.generate(prompt, GREEDY)[0].outputs[0].token_ids) for prompt in PROMPTS]
+            assert got == alone()
+        stats = llm.get_stats()
+        prompt_tokens = stats.prompt_tokens - before.prompt_tokens
+        assert stats.cached_tokens - before.cached_tokens > 0.7 * prompt_tokens
+        llm.generate({"prompt": PROMPTS[0], "cache_salt": "another"}, GREEDY)
+        assert llm.get_stats().cached_tokens == stats.cached_tokens
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_as_n_answers_to_one_prompt(caching):
+    three = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, n=3)
+    with LLM(max_model_len=512, enable_prefix_caching=caching) as llm:
+        (output,) = llm.generate(PROMPTS[1], three)
+        stats = llm.get_stats()
+    assert [list(o.token_ids) for o in output.outputs] == [alone()[1]] * 3
+    assert stats.prompt_tokens - stats.cached_tokens == len(output.prompt_token_ids) + 2  # the last token of each
+
+
+def test_in_an_event_loop_with_clients_that_come_and_go():
+    async def main() -> list[list[int]]:
+        async with AsyncLLM(max_model_len=512) as llm:
+
+            async def ask(prompt: str, delay: float) -> list[int]:
+                await asyncio.sleep(delay)
+                return list((await llm.generate(prompt, GREEDY)).outputs[0].token_ids)
+
+            async def leave(prompt: str) -> None:
+                async for _ in llm.stream(prompt, GREEDY):
+                    break
+
+            tasks = [asyncio.create_task(ask(prompt, 0.02 * i)) for i, prompt in enumerate(PROMPTS)]
+            await asyncio.gather(*(leave(prompt) for prompt in PROMPTS))
+            return await asyncio.gather(*tasks)
+
+    assert asyncio.run(main()) == alone()
+
+
+def test_forks_copy_what_they_share_on_every_backend():
+    folder, _ = tiny_checkpoint("llama")
+    prompt = list(range(3, 24))
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    for device in ("reference", "cpu"):
+        with LLM(str(folder), device=device, enable_prefix_caching=False, max_num_seqs=4) as llm:
+            copies: list[Any] = []
+            submit = llm._parts.executor.submit
+            llm._parts.executor.submit = lambda batch, submit=submit, copies=copies: (
+                copies.extend(batch.copies) or submit(batch)
+            )
+            (one,) = llm.generate([prompt], params)
+            (output,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, n=3))
+        assert [list(o.token_ids) for o in output.outputs] == [list(one.outputs[0].token_ids)] * 3
+        assert len(copies) == 2
