@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .answers import Answer, add_to, answers_for
@@ -16,7 +17,7 @@ from .outputs import CompletionOutput, RequestOutput
 from .prompts import Conversation, EncodedPrompt, Prompt, Tokenizer, conversation, encode
 
 if TYPE_CHECKING:
-    from .engine.engine import EngineOutput, EngineStats
+    from .engine.engine import EngineOutput, EngineStats, LLMEngine
     from .llm import Parts
 
 
@@ -112,6 +113,23 @@ class AsyncLLM:
         async with contextlib.aclosing(self._open(prompt, sampling_params, **options)) as stream:
             async for output in stream:
                 yield output
+
+    async def save_prefix(self, prompt: Prompt, path: str | Path) -> int:
+        """As :meth:`pelton.LLM.save_prefix`."""
+        given = encode(self._parts.tokenizer, prompt)
+        await self.generate(given, SamplingParams(max_tokens=1))
+        identity = await asyncio.to_thread(lambda: self._parts.kv_identity)
+        return await self._in_engine(
+            lambda engine: engine.save_prefix(Path(path), identity, given.token_ids, given.cache_salt)
+        )
+
+    async def load_prefix(self, path: str | Path, *, cache_salt: str = "") -> int:
+        """As :meth:`pelton.LLM.load_prefix`."""
+        identity = await asyncio.to_thread(lambda: self._parts.kv_identity)
+        return await self._in_engine(lambda engine: engine.load_prefix(Path(path), identity, cache_salt))
+
+    async def _in_engine(self, function: Callable[[LLMEngine], int]) -> int:
+        return int(await asyncio.wrap_future(self._engine.call(function)))
 
     def conversation(self, messages: Conversation, tools: list[dict[str, Any]] | None = None) -> EncodedPrompt:
         """The tokens of a conversation, with the model's chat template, as a prompt.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +95,27 @@ class Built:
 
         return measured_peaks(self.plan.isa, self.plan.threads, achieved=achieved)["read_bandwidth"]
 
+    @cached_property
+    def kv_identity(self) -> str:
+        """Which model computes keys and values, and how: two that agree may use each other's."""
+        from .backends.cpu.packed_cache import content_hash
+
+        config = self.plan.config
+        how = (config.device, config.dtype, config.quantization, config.kv_cache_dtype, config.activations)
+        text = repr((_version(), how, config.block_size, self.plan.isa, content_hash(self.plan.checkpoint.files)))
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def close(self) -> None:
         self.executor.close()
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("pelton")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return ""
 
 
 def trained_context(config: Mapping[str, Any]) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, overload
 
 from .answers import Answer, add_to, answers_for
@@ -40,6 +41,9 @@ class Parts(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def kv_identity(self) -> str: ...
 
     def peak_bandwidth(self, achieved: float = 0.0) -> float | None: ...
 
@@ -245,6 +249,30 @@ class LLM:
             TokenizerError: no tokenizer or no chat template.
         """
         return conversation(self._parts.tokenizer, messages, tools)
+
+    def save_prefix(self, prompt: Prompt, path: str | Path) -> int:
+        """Compute a prompt and write its keys and values to a file; how many tokens it holds, whole blocks only.
+
+        A later process loads it in milliseconds: for a long system prompt, or a document that is asked about again.
+
+        Raises:
+            PeltonError: the prompt is invalid or shorter than a block, or the file cannot be written.
+        """
+        given = encode(self._parts.tokenizer, prompt)
+        self._answer([given], SamplingParams(max_tokens=1), stream=False, progress=False)
+        return self._engine.save_prefix(Path(path), self._parts.kv_identity, given.token_ids, given.cache_salt)
+
+    def load_prefix(self, path: str | Path, *, cache_salt: str = "") -> int:
+        """Put what ``save_prefix`` wrote into the prefix cache; how many tokens that is.
+
+        Prompts that begin with these tokens, and have this salt, compute only the rest.
+
+        Raises:
+            PeltonError: the file is missing, damaged or of another model, precision or instruction set.
+        """
+        if self._closed:
+            raise RequestError("this LLM is closed", "create a new one")
+        return self._engine.load_prefix(Path(path), self._parts.kv_identity, cache_salt)
 
     def close(self) -> None:
         """Release the model's memory and threads. Idempotent."""

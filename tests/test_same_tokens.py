@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pelton import LLM, AsyncLLM, SamplingParams
+from pelton import LLM, AsyncLLM, PeltonError, SamplingParams
 from tests.helpers.tiny_models import tiny_checkpoint
 
 SYSTEM = (
@@ -76,6 +76,21 @@ def test_with_what_earlier_requests_left_in_the_cache():
         assert llm.get_stats().cached_tokens == stats.cached_tokens
 
 
+def test_with_a_prefix_from_a_file(tmp_path):
+    file = tmp_path / "system.prefix"
+    with LLM(max_model_len=512) as llm:
+        saved = llm.save_prefix(SYSTEM, file)
+    assert saved > 40
+    for _ in range(2):  # a file is only read
+        with LLM(max_model_len=512) as llm:
+            assert llm.load_prefix(file) == saved
+            got = [list(output.outputs[0].token_ids) for output in llm.generate(PROMPTS, GREEDY)]
+            assert llm.get_stats().cached_tokens >= saved * len(PROMPTS)
+        assert got == alone()
+    with LLM(max_model_len=512, kv_cache_dtype="int8") as llm, pytest.raises(PeltonError, match="another model"):
+        llm.load_prefix(file)
+
+
 @pytest.mark.parametrize("caching", [True, False])
 def test_as_n_answers_to_one_prompt(caching):
     three = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, n=3)
@@ -120,3 +135,21 @@ def test_forks_copy_what_they_share_on_every_backend():
             (output,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, n=3))
         assert [list(o.token_ids) for o in output.outputs] == [list(one.outputs[0].token_ids)] * 3
         assert len(copies) == 2
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_a_prefix_from_a_file_on_every_backend(tmp_path, kv_cache_dtype):
+    folder, _ = tiny_checkpoint("llama")
+    prompt = list(range(3, 80))
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    for device in ("reference", "cpu"):
+        file = tmp_path / device
+        options: dict[str, Any] = {"device": device, "max_num_seqs": 4, "kv_cache_dtype": kv_cache_dtype}
+        with LLM(str(folder), **options) as llm:
+            (one,) = llm.generate([prompt], params)
+            assert llm.save_prefix(prompt, file) == 64
+        with LLM(str(folder), **options) as llm:
+            assert llm.load_prefix(file) == 64
+            (again,) = llm.generate([prompt], params)
+            assert llm.get_stats().cached_tokens == 64
+        assert list(again.outputs[0].token_ids) == list(one.outputs[0].token_ids)

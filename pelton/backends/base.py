@@ -144,6 +144,21 @@ class Executor(Protocol):
         """Wait for a step. Tickets are collected in the order of submission."""
         ...
 
+    def read_blocks(self, block_ids: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
+        """What blocks of the KV cache hold, in as many arrays uint8 [len(block_ids), bytes] as the cache has parts.
+
+        Not during a step.
+        """
+        ...
+
+    def write_blocks(self, block_ids: Sequence[int], blocks: Sequence[npt.NDArray[np.uint8]]) -> None:
+        """Make blocks hold what ``read_blocks`` gave. Not during a step.
+
+        Raises:
+            ValueError: that is of another shape.
+        """
+        ...
+
     def close(self) -> None:
         """Release memory and threads. Idempotent."""
         ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -11,7 +13,7 @@ from .step_inputs import StepInputs, step_inputs
 
 
 class HostExecutor:
-    """An :class:`~pelton.backends.base.Executor` but for ``_run``, ``_copy_blocks`` and ``close``.
+    """An :class:`~pelton.backends.base.Executor` but for ``_run``, ``_block_bytes`` and ``close``.
 
     Steps run inside ``submit``; ``collect`` hands out results. flops and bytes: the cost of a step.
     """
@@ -27,9 +29,21 @@ class HostExecutor:
         """Run a step: float32 logits [N, vocab], and seconds."""
         raise NotImplementedError
 
-    def _copy_blocks(self, sources: list[int], targets: list[int]) -> None:
-        """Copy what blocks of the KV cache hold to other blocks, in all layers."""
+    def _block_bytes(self) -> list[npt.NDArray[np.uint8]]:
+        """Views of the caches that may be written to: uint8 [num_blocks, bytes of a block] per layer."""
         raise NotImplementedError
+
+    def read_blocks(self, block_ids: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
+        ids = list(block_ids)
+        return [cache[ids] for cache in self._block_bytes()]
+
+    def write_blocks(self, block_ids: Sequence[int], blocks: Sequence[npt.NDArray[np.uint8]]) -> None:
+        ids, caches = list(block_ids), self._block_bytes()
+        expected = [(len(ids), cache.shape[1]) for cache in caches]
+        if [block.shape for block in blocks] != expected or any(block.dtype != np.uint8 for block in blocks):
+            raise ValueError("KV blocks of another shape than this model's")
+        for cache, block in zip(caches, blocks, strict=True):
+            cache[ids] = block
 
     @property
     def kv_spec(self) -> KVSpec:
@@ -47,7 +61,8 @@ class HostExecutor:
         inputs = step_inputs(batch, self._kv_spec.block_size)
         if batch.copies:
             sources, targets = zip(*batch.copies, strict=True)
-            self._copy_blocks(list(sources), list(targets))
+            for cache in self._block_bytes():
+                cache[list(targets)] = cache[list(sources)]
         logits, seconds = self._run(inputs)
         stats = StepStats(seconds, inputs.shape.evaluate(self._flops), inputs.shape.evaluate(self._bytes))
         self._next_ticket += 1

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import Any
 
 from ..config import SamplingParams
@@ -83,6 +84,21 @@ class AsyncEngine:
                 self._engine.finish(request_id, reason)
 
         self._command(end)
+
+    def call(self, function: Callable[[LLMEngine], Any]) -> Future[Any]:
+        """Run a function on the engine between two steps."""
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function(self._engine))
+            except BaseException as error:
+                future.set_exception(error)
+
+        if self._dead is not None or self._stopping:
+            raise EngineDeadError(f"the engine has stopped ({self._dead or 'closed'})", "start a new one")
+        self._command(run)
+        return future
 
     def stats(self) -> EngineStats:
         """Totals as of the last step."""

@@ -9,6 +9,7 @@ import heapq
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from ..backends.base import Executor, StepStats
@@ -16,7 +17,8 @@ from ..config import SamplingParams
 from ..errors import RequestError
 from ..metrics import RequestMetrics
 from ..outputs import Logprob
-from .prefix_cache import CachePolicy
+from .prefix_cache import CachePolicy, Key, extend_keys, root_key
+from .prefix_file import PrefixFileError, read_prefix, write_prefix
 from .request import FinishReason, Request, Sequence, Status, derive_seed
 from .scheduler import Batching, CapacityPolicy, Policy, Schedule, SchedulerState, schedule
 
@@ -355,6 +357,59 @@ class LLMEngine:
             stats.decode_seconds += step.seconds
             stats.decode_flops += step.flops
             stats.decode_bytes += step.bytes
+
+    def save_prefix(self, path: Path, identity: str, token_ids: Iterable[int], salt: str = "") -> int:
+        """Write to a file what the prefix cache has of ``token_ids``; how many tokens that is.
+
+        identity: of the model and of how it computes; ``load_prefix`` refuses other files.
+
+        Raises:
+            PrefixFileError: the cache has none of it, or the file cannot be written.
+        """
+        tokens = list(token_ids)
+        block_size = self._state.block_size
+        keys: list[Key] = []
+        extend_keys(keys, root_key(salt), tokens, block_size)
+        found, _ = self._state.blocks.find(keys)
+        if not found:
+            raise PrefixFileError(
+                f"nothing of the {len(tokens)} tokens is in the prefix cache",
+                f"run a request that begins with them, at least {block_size}",
+            )
+        count = len(found) * block_size
+        write_prefix(path, identity, tokens[:count], self._executor.read_blocks(found))
+        return count
+
+    def load_prefix(self, path: Path, identity: str, salt: str = "", retention: int = 100) -> int:
+        """Put what ``save_prefix`` wrote into the prefix cache; how many tokens of it are there now.
+
+        Raises:
+            PrefixFileError: the file is missing, damaged, of another model, or larger than the free part of the cache.
+        """
+        tokens, data = read_prefix(path, identity)
+        blocks, block_size = self._state.blocks, self._state.block_size
+        keys: list[Key] = []
+        extend_keys(keys, root_key(salt), tokens, block_size)
+        if blocks.cache is None:
+            raise PrefixFileError(f"{path} is of no use without a prefix cache", "set enable_prefix_caching")
+        known, _ = blocks.find(keys)
+        policy, now = CachePolicy(salt, retention), self._clock()
+        if len(keys) > blocks.num_free:
+            raise PrefixFileError(
+                f"{path} holds {len(tokens)} tokens, the KV cache has room for {blocks.num_free * block_size}",
+                "raise kv_cache_memory",
+            )
+        blocks.take(known, policy, now)  # or they might be evicted for the rest
+        new = blocks.allocate(len(keys) - len(known))
+        try:
+            self._executor.write_blocks(new, [part[len(known) :] for part in data])
+            for block, key in zip(new, keys[len(known) :], strict=True):
+                blocks.remember(block, key, policy, now)
+        except ValueError as error:
+            raise PrefixFileError(f"{path} does not fit this model ({error})", "save the prefix again") from None
+        finally:
+            blocks.free(reversed([*known, *new]))
+        return len(keys) * block_size
 
     def stats(self) -> EngineStats:
         """A copy of the totals."""

@@ -119,6 +119,18 @@ class FakeExecutor:
         assert ticket == min(self._results), "tickets are collected in the order of submission"
         return self._results.pop(ticket)
 
+    def read_blocks(self, block_ids) -> list[np.ndarray]:
+        rows = [[0 if slot is None else slot for slot in self._slots[block]] for block in block_ids]
+        return [np.array(rows, np.uint64).view(np.uint8)]
+
+    def write_blocks(self, block_ids, blocks) -> None:
+        (data,) = blocks
+        rows = np.ascontiguousarray(data).view(np.uint64).tolist()
+        if [len(row) for row in rows] != [self.kv_spec.block_size] * len(block_ids):
+            raise ValueError("blocks of another shape")
+        for block, row in zip(block_ids, rows, strict=True):
+            self._slots[block] = row
+
     def close(self) -> None:
         self.closed = True
 

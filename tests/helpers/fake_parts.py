@@ -71,6 +71,7 @@ class FakeBuilt:
 
     eos_token_ids = frozenset({EOS})
     vocab_size = VOCAB_SIZE
+    kv_identity = "fake"
 
     def __init__(
         self,
