@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .async_llm import AsyncLLM
-    from .config import EngineConfig, SamplingParams
+    from .config import EngineConfig, SamplingParams, StructuredOutputsParams
     from .errors import PeltonError
     from .llm import LLM
     from .outputs import CompletionOutput, RequestOutput
@@ -25,6 +25,7 @@ __all__ = [
     "PeltonError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 ]
 
@@ -33,6 +34,7 @@ _MODULES = {
     "LLM": "llm",
     "SamplingParams": "config",
     "EngineConfig": "config",
+    "StructuredOutputsParams": "config",
     "RequestOutput": "outputs",
     "CompletionOutput": "outputs",
     "PeltonError": "errors",

@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .config import SamplingParams
-from .errors import RequestError
+from .errors import RequestError, TokenizerError
 from .outputs import CompletionOutput, RequestOutput
 from .prompts import Detokenizer, EncodedPrompt, Tokenizer
 
 if TYPE_CHECKING:
     from .engine.engine import EngineOutput
+    from .engine.structured import Grammar, GrammarCompiler
     from .metrics import RequestMetrics
 
 
@@ -45,6 +46,21 @@ class Answer:
 
     def take(self, new: EngineOutput) -> bool:
         """Append what a step brought; True if a stop string ended the answer."""
+        if len(new.token_ids) < 2 or self._stops is None:
+            return self._take(new)
+        # Speculation brings several tokens at once; those behind a stop string are no part of the answer.
+        delta = None
+        for i in range(len(new.token_ids)):
+            one = replace(new, token_ids=new.token_ids[i : i + 1], logprobs=new.logprobs[i : i + 1])
+            if i + 1 < len(new.token_ids):
+                one.finish_reason = one.stop_reason = one.metrics = None
+            matched = self._take(one)
+            delta = self.delta = self.delta if delta is None else merged(delta, self.delta)
+            if matched:
+                return True
+        return False
+
+    def _take(self, new: EngineOutput) -> bool:
         whole, params = self.completion, self.params
         assert isinstance(whole.token_ids, list)
         whole.token_ids.extend(new.token_ids)
@@ -97,6 +113,16 @@ class Answer:
             self.output.metrics = metrics
 
 
+def merged(old: CompletionOutput, new: CompletionOutput) -> CompletionOutput:
+    """Two pieces of an answer as one."""
+    return replace(
+        new,
+        text=old.text + new.text,
+        token_ids=[*old.token_ids, *new.token_ids],
+        logprobs=None if new.logprobs is None else [*(old.logprobs or ()), *new.logprobs],
+    )
+
+
 def answers_for(
     request_id: str, given: EncodedPrompt, params: SamplingParams, tokenizer: Tokenizer | None
 ) -> list[Answer]:
@@ -132,11 +158,13 @@ def answers_for(
     return answers
 
 
-def add_to(engine: Any, answers: Sequence[Answer], given: EncodedPrompt, **options: Any) -> None:
+def add_to(
+    engine: Any, answers: Sequence[Answer], given: EncodedPrompt, grammar: Grammar | None = None, **options: Any
+) -> None:
     """Queue the n sequences of a prompt, which is computed once.
 
     engine: what has the ``add_request`` of :class:`pelton.engine.engine.LLMEngine`. The first of the n is refused, or
-    none is: they differ in nothing but the seed.
+    none is: they differ in nothing but the seed. Each follows a copy of ``grammar``.
     """
     from .engine.prefix_cache import CachePolicy
 
@@ -148,5 +176,19 @@ def add_to(engine: Any, answers: Sequence[Answer], given: EncodedPrompt, **optio
             answer.params,
             cache=cache,
             parent_id=answers[0].sequence_id if i else None,
+            grammar=None if grammar is None else grammar.copy(),
             **options,
         )
+
+
+def grammar_compiler(tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: frozenset[int]) -> GrammarCompiler:
+    """What compiles ``structured_outputs`` for a model. Loads nothing before the first one.
+
+    Raises:
+        TokenizerError: there is no tokenizer.
+    """
+    from .engine.structured import GrammarCompiler
+
+    if tokenizer is None:
+        raise TokenizerError("structured output needs a tokenizer, and the checkpoint has none", "do without")
+    return GrammarCompiler(tokenizer.to_json, vocab_size, eos_token_ids)

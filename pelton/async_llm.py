@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .answers import Answer, add_to, answers_for
+from .answers import Answer, add_to, answers_for, grammar_compiler, merged
 from .config import EngineConfig, SamplingParams
 from .errors import PeltonError, RequestError
 from .outputs import CompletionOutput, RequestOutput
@@ -18,6 +18,7 @@ from .prompts import Conversation, EncodedPrompt, Prompt, Tokenizer, conversatio
 
 if TYPE_CHECKING:
     from .engine.engine import EngineOutput, EngineStats, LLMEngine
+    from .engine.structured import Grammar, GrammarCompiler
     from .llm import Parts
 
 
@@ -62,6 +63,7 @@ class AsyncLLM:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ids = count()
         self._streams: dict[str, tuple[_Stream, Answer]] = {}  # by the engine's request id
+        self._grammars: GrammarCompiler | None = None
         self._closed = False
         try:
             engine = engine_of(parts, config)
@@ -88,7 +90,8 @@ class AsyncLLM:
         self, prompt: Prompt | EncodedPrompt, sampling_params: SamplingParams | None = None, **options: Any
     ) -> RequestOutput:
         """The complete answers to a prompt; arguments as for :meth:`stream`."""
-        async with contextlib.aclosing(self._open(prompt, sampling_params, **options)) as stream:
+        grammar = await self._grammar(sampling_params)
+        async with contextlib.aclosing(self._open(prompt, sampling_params, grammar, **options)) as stream:
             async for _ in stream:
                 pass
             return stream.output
@@ -110,7 +113,8 @@ class AsyncLLM:
             RequestError: the request is invalid. Nothing has run then.
             PeltonError: the step that was to answer failed.
         """
-        async with contextlib.aclosing(self._open(prompt, sampling_params, **options)) as stream:
+        grammar = await self._grammar(sampling_params)
+        async with contextlib.aclosing(self._open(prompt, sampling_params, grammar, **options)) as stream:
             async for output in stream:
                 yield output
 
@@ -145,6 +149,8 @@ class AsyncLLM:
             return
         self._closed = True
         self._engine.close()
+        if self._grammars is not None:
+            self._grammars.close()
         self._parts.close()
         self._fail_all(RequestError("this AsyncLLM is closed", "create a new one"))
 
@@ -159,6 +165,7 @@ class AsyncLLM:
         self,
         prompt: Prompt | EncodedPrompt,
         sampling_params: SamplingParams | None,
+        grammar: Grammar | None = None,
         *,
         priority: int = 0,
         timeout: float | None = None,
@@ -179,11 +186,21 @@ class AsyncLLM:
         for answer in answers:
             self._streams[answer.sequence_id] = (stream, answer)
         try:
-            add_to(self._engine, answers, given, arrival_time=arrival, priority=priority, deadline=deadline)
+            options = {"arrival_time": arrival, "priority": priority, "deadline": deadline}
+            add_to(self._engine, answers, given, grammar, **options)
         except BaseException:
             self._leave(stream)
             raise
         return stream
+
+    async def _grammar(self, params: SamplingParams | None) -> Grammar | None:
+        """Compiled in a thread, as a large schema takes a moment."""
+        if params is None or params.structured_outputs is None:
+            return None
+        if self._grammars is None:
+            parts = self._parts
+            self._grammars = grammar_compiler(parts.tokenizer, parts.vocab_size, parts.eos_token_ids)
+        return await asyncio.to_thread(self._grammars.compile, params.structured_outputs)
 
     def _leave(self, stream: _Stream) -> None:
         """Nobody reads any more: end what is unfinished."""
@@ -246,7 +263,7 @@ class _Stream:
         self.output.finished = all(completion.finished for completion in self.output.outputs)
         new = answer.delta
         old = self._pieces.pop(new.index, None)  # to the end: what came last is read last
-        self._pieces[new.index] = new if old is None else _merged(old, new)
+        self._pieces[new.index] = new if old is None else merged(old, new)
         self._ready.set()
 
     def fail(self, error: BaseException) -> None:
@@ -276,12 +293,3 @@ class _Stream:
 
     async def aclose(self) -> None:
         self._llm._leave(self)
-
-
-def _merged(old: CompletionOutput, new: CompletionOutput) -> CompletionOutput:
-    return replace(
-        new,
-        text=old.text + new.text,
-        token_ids=[*old.token_ids, *new.token_ids],
-        logprobs=None if new.logprobs is None else [*(old.logprobs or ()), *new.logprobs],
-    )

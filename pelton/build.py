@@ -169,7 +169,7 @@ def plan(config: EngineConfig) -> Plan:
     if config.dtype == "auto" and any(t.type.dtype == F16 for t in checkpoint.tensors.values()):
         notes.append("f16 weights run as bf16, which rounds them to 8 bits; dtype='f32' keeps all 11")
     notes += _fallback_notes(config, graph)
-    limits = {"T": config.max_num_batched_tokens, "S": config.max_num_seqs, "N": config.max_num_seqs}
+    limits = {"T": config.max_num_batched_tokens, "S": config.max_num_seqs, "N": _num_logits(config)}
     program = lower(graph, limits, config.max_model_len or context)
     sizes: dict[str, int] = {}
     for constant in program.constants:
@@ -198,6 +198,12 @@ def plan(config: EngineConfig) -> Plan:
     threads = config.threads or usable_cores()
     isa = choose_isa(config.isa)
     return Plan(config, checkpoint, graph, program, kv_spec, ledger, available, vocab, isa, threads, tuple(notes))
+
+
+def _num_logits(config: EngineConfig) -> int:
+    from .engine.speculation import max_num_logits
+
+    return max_num_logits(config.max_num_seqs, config.num_speculative_tokens)
 
 
 def _fallback_notes(config: EngineConfig, graph: Graph) -> list[str]:
@@ -327,6 +333,8 @@ def _check(config: EngineConfig) -> None:
         value = getattr(config, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise PeltonError(f"{name} is {value!r}", "give a whole number from 1, or leave it out")
+    if config.num_speculative_tokens not in range(17) or isinstance(config.num_speculative_tokens, bool):
+        raise PeltonError(f"num_speculative_tokens is {config.num_speculative_tokens!r}", "give a number from 0 to 16")
     if config.quantization not in (None, *QUANTIZATIONS):
         remedy = f"choose one of {', '.join(QUANTIZATIONS)}, or leave it out"
         raise PeltonError(f"quantization is {config.quantization!r}", remedy)

@@ -3,11 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from .errors import RequestError
+
+
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What an answer must look like: exactly one of the fields. Names are vLLM's.
+
+    json: a JSON schema, as a dict or a text. json_object: any JSON object. regex: of the whole answer, in the syntax of
+    Rust's regex crate. choice: one of these texts. grammar: in Lark's syntax as llguidance has it, or GBNF.
+
+    Raises:
+        RequestError: none or several are given, or one is of a wrong type.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool = False
+
+    def __post_init__(self) -> None:
+        given = [f.name for f in fields(self) if getattr(self, f.name) not in (None, False)]
+        if len(given) != 1:
+            raise RequestError(
+                f"structured_outputs has {' and '.join(given) or 'nothing'}",
+                "give one of json, json_object, regex, choice and grammar",
+            )
+        value = getattr(self, given[0])
+        kinds: dict[str, tuple[type, ...]] = {"json": (str, Mapping), "json_object": (bool,), "choice": (list, tuple)}
+        if not isinstance(value, kinds.get(given[0], (str,))):
+            raise RequestError(f"{given[0]} of structured_outputs is {value!r:.80}", "see StructuredOutputsParams")
+        if self.choice is not None and (not self.choice or any(not isinstance(c, str) or not c for c in self.choice)):
+            raise RequestError("choice of structured_outputs is empty or holds something else than texts", "give texts")
 
 
 @dataclass(frozen=True)
@@ -35,6 +67,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # top log-probabilities per output token, besides the sampled one
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         for name in ("stop", "stop_token_ids"):
@@ -43,6 +76,15 @@ class SamplingParams:
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} is {getattr(self, name)!r}", "give True or False")
+        structured: Any = self.structured_outputs
+        if isinstance(structured, Mapping):
+            try:
+                structured = StructuredOutputsParams(**structured)
+            except TypeError as error:
+                raise RequestError(f"structured_outputs: {error}", "see StructuredOutputsParams") from None
+            object.__setattr__(self, "structured_outputs", structured)
+        if not isinstance(structured, StructuredOutputsParams | None):
+            raise RequestError(f"structured_outputs is {structured!r:.80}", "see StructuredOutputsParams")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
@@ -100,6 +142,7 @@ class EngineConfig:
     capacity_policy: Literal["max_utilization", "guaranteed_no_evict"] = "max_utilization"  # preempt, or never
     batching: Literal["inflight", "dynamic", "static"] = "inflight"  # the others only to see the difference
     batching_delay: float | None = None  # seconds such a batch waits to fill; None: 0.05 dynamic, 1 static
+    num_speculative_tokens: int = 0  # longest draft, guessed from the text so far; 0: no speculation
     enable_prefix_caching: bool = True  # find what earlier requests have computed
     block_size: int = 16  # tokens per KV block; 16 keys fill one 512-bit register
     kv_cache_memory: int | None = None  # bytes; None: room for max_num_seqs, within free memory

@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, overload
 
-from .answers import Answer, add_to, answers_for
+from .answers import Answer, add_to, answers_for, grammar_compiler
 from .config import EngineConfig, SamplingParams
 from .errors import RequestError
 from .metrics import throughput
@@ -23,6 +23,7 @@ from .prompts import Conversation, EncodedPrompt, Prompt, Tokenizer, as_list, co
 
 if TYPE_CHECKING:
     from .engine.engine import EngineStats, LLMEngine
+    from .engine.structured import Grammar, GrammarCompiler
 
 Params: TypeAlias = "SamplingParams | Sequence[SamplingParams] | None"
 
@@ -84,6 +85,7 @@ class LLM:
     def _start(self, parts: Parts, config: EngineConfig) -> None:
         self._parts = parts
         self._closed = False
+        self._grammars: GrammarCompiler | None = None
         self._ids = count()
         self._answers: dict[str, tuple[_Run, int, Answer]] = {}  # by the engine's request id
         try:
@@ -278,6 +280,8 @@ class LLM:
         """Release the model's memory and threads. Idempotent."""
         if not self._closed:
             self._closed = True
+            if self._grammars is not None:
+                self._grammars.close()
             self._parts.close()
 
     def __enter__(self) -> LLM:
@@ -336,10 +340,18 @@ class LLM:
     def _add(self, run: _Run, index: int, given: EncodedPrompt, params: SamplingParams) -> None:
         """Queue the n sequences of a prompt."""
         answers = answers_for(str(next(self._ids)), given, params, self._parts.tokenizer)
-        add_to(self._engine, answers, given)
+        add_to(self._engine, answers, given, self._grammar(params))
         for answer in answers:
             self._answers[answer.sequence_id] = (run, index, answer)
             run.unfinished.add(answer.sequence_id)
+
+    def _grammar(self, params: SamplingParams) -> Grammar | None:
+        if params.structured_outputs is None:
+            return None
+        if self._grammars is None:
+            parts = self._parts
+            self._grammars = grammar_compiler(parts.tokenizer, parts.vocab_size, parts.eos_token_ids)
+        return self._grammars.compile(params.structured_outputs)
 
     def _step(self) -> None:
         """One step of the engine; what it brings goes to the calls that wait for it."""
@@ -384,6 +396,7 @@ def engine_of(parts: Parts, config: EngineConfig) -> LLMEngine:
         capacity_policy=config.capacity_policy,
         batching=config.batching,
         batching_delay=config.batching_delay,
+        num_speculative_tokens=config.num_speculative_tokens,
         enable_prefix_caching=config.enable_prefix_caching,
         eos_token_ids=parts.eos_token_ids,
         vocab_size=parts.vocab_size,

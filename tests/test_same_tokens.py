@@ -48,6 +48,8 @@ def alone() -> list[list[int]]:
         {"batching": "static"},
         {"batching": "dynamic", "max_num_seqs": 3},
         {"threads": 1},
+        {"num_speculative_tokens": 4},
+        {"num_speculative_tokens": 3, "max_num_seqs": 2},
     ],
     ids=str,
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,13 @@ class SampleSpec:
     ``output_token_ids`` are the history that penalties look at; the executor does not change them.
     ``seed`` is the request's resolved seed; together with ``len(output_token_ids)`` it determines the
     random number, so a request draws the same tokens whatever else is in the batch.
+
+    One spec serves all steps of a request: ``output_token_ids`` grows in place, at its end only. Lists and
+    ``array('i')`` will do. ``params.bad_words`` are token ids here, the layer that has the tokenizer saw to it.
+
+    ``mask`` is called when the logits are there, with the tokens of a draft (none without speculation), and
+    returns which tokens may follow prompt, output and draft: int32 or uint32 [ceil(vocab / 32)], bit i % 32 of
+    word i / 32 for token i, or None for all. The array is not written to until the sampler has returned.
     """
 
     params: Any
@@ -41,13 +48,17 @@ class SampleSpec:
     output_token_ids: Sequence[int]
     seed: int
     stop_token_ids: frozenset[int] = frozenset()  # forbidden until ``min_tokens`` are out
+    mask: Callable[[Sequence[int]], npt.NDArray[np.int32] | npt.NDArray[np.uint32] | None] | None = None
+    #: What a sampler keeps of the request between steps. Its own affair.
+    sampler_state: Any = field(default=None, init=False, compare=False, repr=False)
 
 
 class ScheduledSequence(NamedTuple):
     """One sequence's share of a step: ``token_ids`` at positions ``num_computed_tokens`` and up.
 
     ``block_ids`` covers positions [0, num_computed_tokens + len(token_ids)).
-    ``sample`` is None for a prefill chunk that does not reach the end of the prompt.
+    ``sample`` is None for a prefill chunk that does not reach the end of the prompt. The last ``num_drafts`` tokens
+    are guesses: tokens are sampled after the one before them, and after each of them.
     """
 
     request_id: str
@@ -55,6 +66,7 @@ class ScheduledSequence(NamedTuple):
     num_computed_tokens: int
     block_ids: tuple[int, ...]
     sample: SampleSpec | None
+    num_drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +103,9 @@ class StepStats:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """``tokens[i]`` belongs to the i-th scheduled sequence; None where nothing was to be sampled."""
+    """``tokens[i]`` are those sampled for the i-th scheduled sequence: none, one, or one more than it has drafts."""
 
-    tokens: tuple[SampledToken | None, ...]
+    tokens: tuple[Sequence[SampledToken], ...]
     stats: StepStats = field(default_factory=StepStats)
 
 
@@ -126,8 +138,20 @@ class StepProfile:
     calls: tuple[CallStats, ...]
 
 
-#: logits float32 [N, vocab], one spec per row -> one token per row. Host backends get it injected.
-Sampler: TypeAlias = "Callable[[npt.NDArray[np.float32], Sequence[SampleSpec]], list[SampledToken]]"
+class Sampler(Protocol):
+    """Chooses tokens; host backends get one injected."""
+
+    def __call__(
+        self,
+        logits: npt.NDArray[np.float32],
+        specs: Sequence[SampleSpec],
+        drafts: Sequence[Sequence[int]] | None = None,
+    ) -> list[SampledToken]:
+        """One token per row of ``logits``, float32 [N, vocab].
+
+        Several rows may have the same spec: ``drafts[i]`` are tokens that row i's history has after the output.
+        """
+        ...
 
 
 class Executor(Protocol):

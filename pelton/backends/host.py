@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..graph.cost import Cost
-from .base import Batch, KVSpec, SampledToken, Sampler, StepOutput, StepStats
+from .base import Batch, KVSpec, SampledToken, Sampler, SampleSpec, StepOutput, StepStats
 from .step_inputs import StepInputs, step_inputs
 
 
@@ -72,8 +72,23 @@ class HostExecutor:
     def collect(self, ticket: int) -> StepOutput:
         return self._tickets.pop(ticket)
 
-    def _sample(self, batch: Batch, logits: npt.NDArray[np.float32]) -> tuple[SampledToken | None, ...]:
+    def _sample(self, batch: Batch, logits: npt.NDArray[np.float32]) -> tuple[Sequence[SampledToken], ...]:
         """Tokens in the order of the batch's sequences; ``logits`` has a row for each that is sampled."""
         specs = [s.sample for s in batch.sequences if s.sample is not None]
+        if any(s.num_drafts for s in batch.sequences):
+            return self._sample_drafts(batch, logits)
         tokens = iter(self._sampler(logits, specs) if specs else [])
-        return tuple(None if s.sample is None else next(tokens) for s in batch.sequences)
+        return tuple([() if s.sample is None else (next(tokens),) for s in batch.sequences])
+
+    def _sample_drafts(self, batch: Batch, logits: npt.NDArray[np.float32]) -> tuple[Sequence[SampledToken], ...]:
+        specs: list[SampleSpec] = []
+        drafts: list[tuple[int, ...]] = []  # what each row takes for granted
+        for sequence in batch.sequences:
+            if sequence.sample is not None:
+                draft = sequence.token_ids[len(sequence.token_ids) - sequence.num_drafts :]
+                specs += [sequence.sample] * (len(draft) + 1)
+                drafts += [draft[:i] for i in range(len(draft) + 1)]
+        tokens = iter(self._sampler(logits, specs, drafts))
+        return tuple(
+            [() if s.sample is None else [next(tokens) for _ in range(s.num_drafts + 1)] for s in batch.sequences]
+        )

@@ -8,11 +8,12 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ..backends.base import Executor, StepStats
+from ..backends.base import Executor, SampledToken, ScheduledSequence, StepStats
 from ..config import SamplingParams
 from ..errors import RequestError
 from ..metrics import RequestMetrics
@@ -21,6 +22,8 @@ from .prefix_cache import CachePolicy, Key, extend_keys, root_key
 from .prefix_file import PrefixFileError, read_prefix, write_prefix
 from .request import FinishReason, Request, Sequence, Status, derive_seed
 from .scheduler import Batching, CapacityPolicy, Policy, Schedule, SchedulerState, schedule
+from .speculation import NgramProposer, SpeculationControl, max_num_logits
+from .structured import Grammar
 
 
 @dataclass(slots=True)
@@ -28,7 +31,8 @@ class EngineOutput:
     """What a step brought to one request, and the sequence that it belongs to.
 
     ``finish_reason`` is set, with ``metrics``, by the step that ends the request. ``stop_reason`` is the
-    token of ``stop_token_ids`` that ended it, None for an end-of-sequence token.
+    token of ``stop_token_ids`` that ended it, None for an end-of-sequence token; for the finish_reason "error" what
+    went wrong.
     """
 
     request_id: str
@@ -36,7 +40,7 @@ class EngineOutput:
     token_ids: tuple[int, ...]
     logprobs: tuple[dict[int, Logprob] | None, ...]
     finish_reason: FinishReason | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
     metrics: RequestMetrics | None = None
 
 
@@ -53,6 +57,8 @@ class EngineStats:
     output_tokens: int = 0
     steps: int = 0
     preemptions: int = 0
+    draft_tokens: int = 0  # guessed by speculation
+    accepted_tokens: int = 0  # of these, right
     seconds: float = 0.0
     flops: float = 0.0
     bytes: float = 0.0
@@ -75,6 +81,7 @@ class StepRecord:
     num_decodes: int  # sequences that had one token to compute and got the next
     num_prefills: int  # sequences that had a chunk of their prompt computed
     num_prefill_tokens: int
+    num_draft_tokens: int
     num_output_tokens: int
     num_preempted: int
     seconds: float
@@ -95,6 +102,7 @@ class LLMEngine:
             "guaranteed_no_evict" admits what fits to its end.
         batching: "inflight", or "dynamic" and "static", for comparison: see scheduler.py.
         batching_delay: seconds that the first of such a batch waits for others; None: the mode's own.
+        num_speculative_tokens: longest draft; 0: no speculation.
         enable_prefix_caching: find what earlier requests have computed.
         eos_token_ids: tokens that end a sequence unless the request ignores them.
         vocab_size: prompt tokens must be below it.
@@ -114,6 +122,7 @@ class LLMEngine:
         capacity_policy: CapacityPolicy = "max_utilization",
         batching: Batching = "inflight",
         batching_delay: float | None = None,
+        num_speculative_tokens: int = 0,
         enable_prefix_caching: bool = True,
         eos_token_ids: frozenset[int],
         vocab_size: int,
@@ -125,9 +134,14 @@ class LLMEngine:
                 raise RequestError(f"{name} is {value}", "choose at least 1")
         self._executor = executor
         self._kv_spec = executor.kv_spec
-        self._policy = Policy(max_num_seqs, max_num_batched_tokens, capacity_policy, batching, batching_delay)
+        self._policy = Policy(
+            max_num_seqs, max_num_batched_tokens, capacity_policy, batching, batching_delay,
+            max_num_logits=max_num_logits(max_num_seqs, num_speculative_tokens),
+        )  # fmt: skip
+        self._speculation = SpeculationControl(num_speculative_tokens) if num_speculative_tokens else None
         self._state = SchedulerState(self._kv_spec.num_blocks, self._kv_spec.block_size, caching=enable_prefix_caching)
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap
+        self._num_grammars = 0  # that were ever asked for: without any, steps need not look for them
         self._timed_out: list[EngineOutput] = []  # that nobody knows yet: a step that fails has no outputs
         # A tokenizer may know ids beyond the logits; they are never sampled, and must not index them.
         self._eos_token_ids = frozenset(t for t in eos_token_ids if 0 <= t < vocab_size)
@@ -161,6 +175,7 @@ class LLMEngine:
         deadline: float | None = None,
         cache: CachePolicy | None = None,
         parent_id: str | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
         """Queue a request. ``params.n`` is not looked at: the layer above adds n requests.
 
@@ -171,6 +186,8 @@ class LLMEngine:
             deadline: seconds of the engine's clock; unfinished then, the request ends with "timeout".
             cache: how it uses the prefix cache.
             parent_id: an unfinished request with the same prompt, which is computed once for both.
+            grammar: what the answer must follow; its own, not used by others. It ends with an end-of-sequence token,
+                whatever ``ignore_eos`` says.
 
         Raises:
             RequestError: the id is in use, the parent has another prompt, or ``validate`` refuses the request.
@@ -180,6 +197,7 @@ class LLMEngine:
             raise RequestError(f"request id {request_id!r} is in use", "choose another one")
         max_total_tokens = self.validate(prompt, params)
         stop_token_ids = frozenset(params.stop_token_ids)
+        ignore_eos = params.ignore_eos and grammar is None
         request = Request(
             request_id=request_id,
             prompt_token_ids=prompt,
@@ -187,7 +205,7 @@ class LLMEngine:
             arrival_time=self._clock() if arrival_time is None else arrival_time,
             seed=derive_seed(self._seed, self._num_added) if params.seed is None else params.seed,
             max_total_tokens=max_total_tokens,
-            stop_token_ids=stop_token_ids if params.ignore_eos else stop_token_ids | self._eos_token_ids,
+            stop_token_ids=stop_token_ids if ignore_eos else stop_token_ids | self._eos_token_ids,
             priority=priority,
             deadline=deadline,
             cache=cache or CachePolicy(),
@@ -196,7 +214,8 @@ class LLMEngine:
         if parent is not None and parent.request.prompt_token_ids != prompt:
             raise RequestError(f"request {request_id!r} has another prompt than its parent", "add it without")
         self._num_added += 1
-        sequence = Sequence(request, self._num_added, parent)
+        sequence = Sequence(request, self._num_added, parent, grammar)
+        self._num_grammars += grammar is not None
         self._state.add(sequence)
         if deadline is not None:
             heapq.heappush(self._deadlines, (deadline, self._num_added, sequence))
@@ -278,7 +297,10 @@ class LLMEngine:
         if not self._state.running and not self._state.waiting:
             results, self._timed_out = self._timed_out, []
             return results
+        drafted = self._draft() if self._speculation is not None else ()
         planned = schedule(self._state, self._policy, now, flush=flush)
+        for sequence in drafted:
+            sequence.draft = ()
         self._stats.preemptions += len(planned.preempted)
         if not planned.sequences:
             if self._policy.batching == "inflight":
@@ -286,30 +308,99 @@ class LLMEngine:
             results, self._timed_out = self._timed_out, []
             return results
         try:
+            if self._num_grammars:
+                self._prepare_masks(planned)
             output = self._executor.collect(self._executor.submit(planned.batch))
         except BaseException:
             self._state.roll_back(planned)
             raise
         now = self._clock()
         results, self._timed_out = self._timed_out, []
-        num_timeouts, num_first = len(results), 0
-        for sequence, sampled in zip(planned.sequences, output.tokens, strict=True):
-            if sampled is None:
+        num_tokens = num_first = 0
+        for sequence, scheduled, sampled in zip(planned.sequences, planned.batch.sequences, output.tokens, strict=True):
+            if not sampled:
                 continue
-            sequence.append(sampled.token_id, now)
-            result = EngineOutput(sequence.request.request_id, sequence, (sampled.token_id,), (sampled.logprobs,))
+            if scheduled.num_drafts:
+                sampled = self._verified(sequence, scheduled, sampled)
+            result = EngineOutput(sequence.request.request_id, sequence, (), ())
             results.append(result)
+            for token_id, logprobs in sampled:
+                if sequence.grammar is not None and not self._follows(sequence, token_id):
+                    break
+                sequence.append(token_id, now)
+                result.token_ids += (token_id,)
+                result.logprobs += (logprobs,)
+                if self._ends(sequence, token_id):
+                    break
+            num_tokens += len(result.token_ids)
             if len(sequence.output_token_ids) == 1:
                 num_first += 1
                 self._stats.prompt_tokens += len(sequence.request.prompt_token_ids)
                 self._stats.cached_tokens += sequence.num_cached_tokens
                 self._state.release_forks(sequence)
-            if self._ends(sequence, sampled.token_id):
+            if sequence.finish_reason is not None:
                 result.finish_reason = sequence.finish_reason
                 result.stop_reason = sequence.stop_reason
                 result.metrics = sequence.metrics()
-        self._account(planned, output.stats, len(results) - num_timeouts, num_first)
+            elif scheduled.num_drafts:
+                self._settle(sequence, scheduled, now)
+        self._account(planned, output.stats, num_tokens, num_first)
         return results
+
+    def _draft(self) -> list[Sequence]:
+        """Give each sequence a draft, if all of them decode and none waits; those that have one."""
+        control, state = self._speculation, self._state
+        assert control is not None
+        sequences = list(state.running.values())
+        if state.waiting or any(len(s.token_ids) - s.num_computed_tokens > 1 for s in sequences):
+            return []
+        length = control.length(len(sequences))
+        if not length:
+            return []
+        for sequence in sequences:
+            if sequence.proposer is None:
+                sequence.proposer = NgramProposer()
+            draft = sequence.proposer.propose(sequence.token_ids, length)
+            if sequence.grammar is not None and draft:
+                draft = draft[: sequence.grammar.allowed(draft)]
+            sequence.draft = draft
+        return sequences
+
+    def _verified(
+        self, sequence: Sequence, scheduled: ScheduledSequence, sampled: SequenceOf[SampledToken]
+    ) -> SequenceOf[SampledToken]:
+        """The sampled tokens up to the first that is not the draft's: what comes after it had a false history."""
+        draft = scheduled.token_ids[1:]
+        right = 0
+        while right < len(draft) and sampled[right].token_id == draft[right]:
+            right += 1
+        assert self._speculation is not None
+        self._speculation.judged(len(draft), right)
+        return sampled[: right + 1]
+
+    def _settle(self, sequence: Sequence, scheduled: ScheduledSequence, now: float) -> None:
+        """Keep what was computed of true tokens, and let others find it."""
+        computed = len(sequence.token_ids) - 1
+        self._state.take_back(sequence, sequence.num_computed_tokens - computed)
+        self._state.remember(sequence, scheduled.num_computed_tokens, computed, now)
+
+    @staticmethod
+    def _prepare_masks(planned: Schedule) -> None:
+        """Let the masks of structured output be computed while the step runs."""
+        for sequence, scheduled in zip(planned.sequences, planned.batch.sequences, strict=True):
+            if sequence.grammar is not None and scheduled.sample is not None:
+                sequence.grammar.prepare()
+
+    def _follows(self, sequence: Sequence, token_id: int) -> bool:
+        """Tell the grammar which token was chosen; False if the sequence had to be ended, as no token can be."""
+        grammar = sequence.grammar
+        assert grammar is not None
+        if grammar.error is None and token_id not in sequence.request.stop_token_ids:
+            grammar.accept(token_id)
+        if grammar.error is None:
+            return True
+        self._state.remove(sequence, "error", f"structured output: {grammar.error}")
+        return False
 
     def _time_out(self, sequence: Sequence) -> None:
         if sequence.status is not Status.FINISHED:
@@ -322,7 +413,7 @@ class LLMEngine:
         """Finish the sequence if its new token is the last one."""
         request = sequence.request
         if token_id in request.stop_token_ids and len(sequence.output_token_ids) >= request.params.min_tokens:
-            ended_by_eos = token_id in self._eos_token_ids and not request.params.ignore_eos
+            ended_by_eos = token_id in self._eos_token_ids and token_id not in request.params.stop_token_ids
             self._state.remove(sequence, "stop", None if ended_by_eos else token_id)
         elif len(sequence.token_ids) >= request.max_total_tokens:
             self._state.remove(sequence, "length")
@@ -334,12 +425,14 @@ class LLMEngine:
         """``num_first``: how many of the tokens were the first of their request."""
         stats, scheduled = self._stats, planned.batch.sequences
         # A recomputed sequence counts as a prefill, and so does a prompt of one token.
-        num_decodes = sum([len(s.token_ids) == 1 and s.sample is not None for s in scheduled])
+        num_decodes = sum([len(s.token_ids) - s.num_drafts == 1 and s.sample is not None for s in scheduled])
+        num_drafts = sum([s.num_drafts for s in scheduled]) if self._speculation is not None else 0
         num_prefills = len(scheduled) - num_decodes
         self.last_step = StepRecord(
             num_decodes=num_decodes,
             num_prefills=num_prefills,
-            num_prefill_tokens=planned.batch.num_tokens - num_decodes,
+            num_prefill_tokens=planned.batch.num_tokens - num_decodes - num_drafts,
+            num_draft_tokens=num_drafts,
             num_output_tokens=num_output_tokens,
             num_preempted=len(planned.preempted),
             seconds=step.seconds,
@@ -357,6 +450,8 @@ class LLMEngine:
             stats.decode_seconds += step.seconds
             stats.decode_flops += step.flops
             stats.decode_bytes += step.bytes
+            if self._speculation is not None:
+                self._speculation.took(planned.batch.num_tokens, step.seconds)
 
     def save_prefix(self, path: Path, identity: str, token_ids: Iterable[int], salt: str = "") -> int:
         """Write to a file what the prefix cache has of ``token_ids``; how many tokens that is.
@@ -413,8 +508,11 @@ class LLMEngine:
 
     def stats(self) -> EngineStats:
         """A copy of the totals."""
+        control = self._speculation
         return replace(
             self._stats,
+            draft_tokens=0 if control is None else control.num_draft_tokens,
+            accepted_tokens=0 if control is None else control.num_accepted_tokens,
             num_running=len(self._state.running),
             num_waiting=len(self._state.waiting),
             num_free_blocks=self._state.blocks.num_free,

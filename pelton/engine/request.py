@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ..backends.base import SampleSpec
 from ..config import SamplingParams
 from ..metrics import RequestMetrics
 from .prefix_cache import CachePolicy, Key, extend_keys, root_key
 
-FinishReason: TypeAlias = Literal["stop", "length", "abort", "timeout"]
+if TYPE_CHECKING:
+    from .speculation import NgramProposer
+    from .structured import Grammar
+
+FinishReason: TypeAlias = Literal["stop", "length", "abort", "timeout", "error"]
 
 #: A request waits this long for others at most, in seconds: see ``Request.due``.
 PATIENCE = 60.0
@@ -67,15 +71,18 @@ class Sequence:
     __slots__ = (
         "block_ids",
         "block_keys",
+        "draft",
         "finish_reason",
         "first_scheduled_time",
         "forks",
+        "grammar",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_preemptions",
         "order",
         "output_token_ids",
         "parent",
+        "proposer",
         "request",
         "root_key",
         "sample_spec",
@@ -85,10 +92,15 @@ class Sequence:
         "token_times",
     )
 
-    def __init__(self, request: Request, index: int = 0, parent: Sequence | None = None) -> None:
+    def __init__(
+        self, request: Request, index: int = 0, parent: Sequence | None = None, grammar: Grammar | None = None
+    ) -> None:
         self.request = request
         self.order = (request.due, index)
         self.parent = parent
+        self.grammar = grammar
+        self.proposer: NgramProposer | None = None
+        self.draft: tuple[int, ...] = ()  # what may follow, for the next step
         self.forks: list[Sequence] = []
         self.root_key: Key = root_key(request.cache.salt)
         self.block_keys: list[Key] = []
@@ -99,7 +111,7 @@ class Sequence:
         self.num_computed_tokens = 0
         self.block_ids: tuple[int, ...] = ()
         self.finish_reason: FinishReason | None = None
-        self.stop_reason: int | None = None
+        self.stop_reason: int | str | None = None
         self.first_scheduled_time: float | None = None
         self.token_times: list[float] = []
         self.num_preemptions = 0
@@ -111,6 +123,7 @@ class Sequence:
             output_token_ids=self.output_token_ids,
             seed=request.seed,
             stop_token_ids=request.stop_token_ids,
+            mask=None if grammar is None else grammar.mask,
         )
 
     @property

@@ -47,6 +47,7 @@ class Policy:
     capacity: CapacityPolicy = "max_utilization"
     batching: Batching = "inflight"
     batching_delay: float | None = None  # seconds; None: BATCHING_DELAYS
+    max_num_logits: int = 0  # of one step: a row for each sequence and each token of a draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,7 @@ class SchedulerState:
             self.running = dict(sorted(self.running.items(), key=lambda item: item[1].order))
         sequence.status = Status.RUNNING
 
-    def remove(self, sequence: Sequence, reason: FinishReason, stop_reason: int | None = None) -> None:
+    def remove(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """Finish a sequence, for any reason, and free its blocks."""
         if sequence.status is Status.RUNNING:
             del self.running[sequence.request_id]
@@ -172,6 +173,26 @@ class SchedulerState:
         sequence.num_preemptions += 1
         self.waiting[sequence.request_id] = sequence
         heapq.heappush(self._queue, (sequence.order, sequence))
+
+    def remember(self, sequence: Sequence, start: int, end: int, now: float) -> list[int]:
+        """Let others find the blocks that the tokens [start, end) make full; those that were not known before."""
+        cache, block_size = sequence.request.cache, self.block_size
+        first, last = start // block_size, end // block_size
+        if first == last or not cache.store or self.blocks.cache is None:
+            return []
+        keys = sequence.keys(block_size)
+        return [
+            sequence.block_ids[i]
+            for i in range(first, last)
+            if self.blocks.remember(sequence.block_ids[i], keys[i], cache, now)
+        ]
+
+    def take_back(self, sequence: Sequence, num_tokens: int) -> None:
+        """The last ``num_tokens`` that were scheduled were guesses, and wrong."""
+        sequence.num_computed_tokens -= num_tokens
+        needed = self.blocks_for(len(sequence.token_ids))
+        self.blocks.free(reversed(sequence.block_ids[needed:]))
+        sequence.block_ids = sequence.block_ids[:needed]
 
     def last_running(self) -> Sequence:
         return next(reversed(self.running.values()))
@@ -219,6 +240,7 @@ class _Step:
         self.preempted: list[Sequence] = []  # for want of blocks
         self.displaced: list[Sequence] = []  # for a higher priority
         self.promised: list[int] = []
+        self.num_drafts = 0
         self.copies: list[tuple[int, int]] = []
 
     def decodes(self) -> list[Sequence]:
@@ -228,6 +250,7 @@ class _Step:
         scheduled, sequences = self.scheduled, self.sequences
         left = self.tokens_left
         prefills: list[Sequence] = []
+        drafted: list[Sequence] = []
         for sequence in list(state.running.values()):
             if sequence.status is not Status.RUNNING:
                 break  # preempted below, and so is everything after it
@@ -241,6 +264,9 @@ class _Step:
             if computed >= len(sequence.block_ids) * block_size and not self._grow(sequence):
                 break
             left -= 1
+            if sequence.draft:
+                drafted.append(sequence)
+                continue
             scheduled.append(
                 ScheduledSequence(
                     sequence.request.request_id, (token_ids[-1],), computed, sequence.block_ids, sequence.sample_spec
@@ -251,7 +277,37 @@ class _Step:
             if caching and not computed % block_size:
                 self._promise(sequence, computed - 1, computed)
         self.tokens_left = left
+        for sequence in drafted:
+            if sequence.status is Status.RUNNING:
+                self._decode_with_draft(sequence)
         return prefills
+
+    def _decode_with_draft(self, sequence: Sequence) -> None:
+        """Schedule a decode, and as much of its draft as there is room for without taking it from others."""
+        state, policy, computed = self.state, self.policy, sequence.num_computed_tokens
+        room = policy.max_num_logits - len(state.running) - self.num_drafts
+        room = min(room, self.tokens_left, sequence.request.max_total_tokens - len(sequence.token_ids) - 1)
+        draft = sequence.draft[: max(room, 0)]
+        missing = state.blocks_for(computed + 1 + len(draft)) - len(sequence.block_ids)
+        if missing > 0:
+            spare = max(state.blocks.num_free - len(state.running), 0)
+            sequence.block_ids += state.blocks.allocate(min(missing, spare))
+            draft = draft[: len(sequence.block_ids) * state.block_size - computed - 1]
+        self.tokens_left -= len(draft)
+        self.num_drafts += len(draft)
+        num_blocks = state.blocks_for(computed + 1 + len(draft))
+        self.scheduled.append(
+            ScheduledSequence(
+                sequence.request.request_id,
+                (sequence.token_ids[-1], *draft),
+                computed,
+                sequence.block_ids[:num_blocks],
+                sequence.sample_spec,
+                len(draft),
+            )
+        )
+        self.sequences.append(sequence)
+        sequence.num_computed_tokens = computed + 1 + len(draft)
 
     def _grow(self, sequence: Sequence) -> bool:
         """One more block; False if the sequence itself had to be preempted."""
@@ -286,18 +342,7 @@ class _Step:
 
     def _promise(self, sequence: Sequence, start: int, end: int) -> None:
         """Let others find the blocks that the tokens [start, end) make full."""
-        cache = sequence.request.cache
-        if not cache.store:
-            return
-        block_size = self.state.block_size
-        first, last = start // block_size, end // block_size
-        if first == last:
-            return
-        keys = sequence.keys(block_size)
-        for index in range(first, last):
-            block = sequence.block_ids[index]
-            if self.state.blocks.remember(block, keys[index], cache, self.now):
-                self.promised.append(block)
+        self.promised += self.state.remember(sequence, start, end, self.now)
 
     def make_room(self) -> None:
         """Preempt running sequences for the first that waits, if its priority is higher."""

@@ -133,6 +133,10 @@ class Tokenizer:
         """The bytes that a token contributes to a text; for log-probabilities and structured output."""
         return self._pieces.piece(token_id)
 
+    def to_json(self) -> str:
+        """All of it as Hugging Face's tokenizer.json."""
+        return str(self._inner.to_str())
+
     def token_to_id(self, token: str) -> int | None:
         found = self._inner.token_to_id(token)
         return None if found is None else int(found)

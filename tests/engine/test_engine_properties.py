@@ -41,10 +41,12 @@ class Trial:
             batching=("inflight", "inflight", "dynamic", "static")[draw(4)],
             batching_delay=(None, 3.0)[draw(2)],
             enable_prefix_caching=draw(4) > 0,
+            num_speculative_tokens=draw(4),
             eos_token_ids=frozenset(),
             vocab_size=2,
             clock=lambda: self.now,
         )
+        self.executor.max_num_logits = self.engine._policy.max_num_logits
         self.asked: dict[str, tuple[list[int], int]] = {}
         self.got: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}
@@ -133,7 +135,7 @@ def test_any_course_of_events(data):
 
 @pytest.mark.parametrize("part", range(4))
 def test_two_hundred_thousand_operations(part):
-    operations, preemptions, hits, copies = 0, 0, 0, 0
+    operations, preemptions, hits, copies, guesses = 0, 0, 0, 0, 0
     seed = part
     while operations < 50_000:
         trial = Trial(random.Random(seed).randrange)
@@ -145,8 +147,9 @@ def test_two_hundred_thousand_operations(part):
         stats = trial.engine.stats()
         preemptions += stats.preemptions
         hits += stats.cached_tokens
+        guesses += min(stats.accepted_tokens, stats.draft_tokens - stats.accepted_tokens)
         copies += sum(len(batch.copies) for batch in trial.executor.batches)
-    assert min(preemptions, hits, copies) > 100  # or this would be no test of them
+    assert min(preemptions, hits, copies, guesses) > 100  # or this would be no test of them
 
 
 def test_low_priorities_are_not_starved():

@@ -85,6 +85,7 @@ class FakeExecutor:
         self.verify = verify
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_logits: int | None = None
         self.stats = stats
         self.batches: list[Batch] = []
         self.seconds = 0.0  # spent in here, to be taken off when the engine is measured
@@ -140,6 +141,8 @@ class FakeExecutor:
         assert len(set(ids)) == len(ids), "a sequence is scheduled twice in one step"
         if self.max_num_seqs is not None:
             assert len(ids) <= self.max_num_seqs
+        if self.max_num_logits is not None:
+            assert sum(1 + s.num_drafts for s in batch.sequences if s.sample is not None) <= self.max_num_logits
         if self.max_num_batched_tokens is not None:
             assert batch.num_tokens <= self.max_num_batched_tokens
         # A block that a step writes has one writer. Who reads it comes later; what it reads, _verify_history checks.
@@ -158,7 +161,8 @@ class FakeExecutor:
                     writers[block] = sequence.request_id
                 holders[block] = sequence.request_id
 
-    def _compute(self, sequence: ScheduledSequence) -> int:
+    def _compute(self, sequence: ScheduledSequence) -> list[int]:
+        """The hashes that the sampled tokens depend on."""
         block_size = self.kv_spec.block_size
         start = sequence.num_computed_tokens
         end = start + len(sequence.token_ids)
@@ -173,20 +177,23 @@ class FakeExecutor:
             h = found
         else:
             h = ROOT
+        hashes = []
         for position, token in enumerate(sequence.token_ids, start):
             h = extend(h, token)
+            hashes.append(h)
             self._slots[sequence.block_ids[position // block_size]][position % block_size] = h
-        return h
+        return hashes[len(hashes) - 1 - sequence.num_drafts :]
 
     def _verify_history(self, sequence: ScheduledSequence) -> None:
         start, end = sequence.num_computed_tokens, sequence.num_computed_tokens + len(sequence.token_ids)
         told = self._told.setdefault(sequence.request_id, [])
-        # None: never told, as others have computed it; a step that samples tells all.
-        told += [None] * (end - len(told))
-        now_told = list(enumerate(sequence.token_ids, start))
+        # None: never told, as others have computed it; a step that samples tells all. Guesses do not count.
+        certain = end - sequence.num_drafts
+        told += [None] * (certain - len(told))
+        now_told = list(enumerate(sequence.token_ids[: certain - start], start))
         if sequence.sample is not None:
             history = [*sequence.sample.prompt_token_ids, *sequence.sample.output_token_ids]
-            assert len(history) == end, "sampled before the end of the tokens"
+            assert len(history) == certain, "sampled before the end of the tokens"
             now_told += enumerate(history)
         for position, token in now_told:
             assert told[position] in (None, token), "a token differs from the first time"
@@ -202,16 +209,20 @@ class FakeExecutor:
             ]
             assert slot == h, f"the KV of {sequence.request_id} at position {position} is another one's"
 
-    def _sample(self, batch: Batch, hashes: list[int]) -> tuple[SampledToken | None, ...]:
-        tokens: list[SampledToken | None] = [None] * len(hashes)
-        rows = [i for i, sequence in enumerate(batch.sequences) if sequence.sample is not None]
-        specs = [spec for sequence in batch.sequences if (spec := sequence.sample) is not None]
-        if self.sampler is not None and self.answer is None:
-            logits = np.stack([fake_logits(hashes[i], self.vocab_size) for i in rows]) if rows else None
-            for i, token in zip(rows, self.sampler(logits, specs) if logits is not None else (), strict=True):
-                tokens[i] = token
-            return tuple(tokens)
-        for i, spec in zip(rows, specs, strict=True):
-            token_id = next_token(hashes[i], self.vocab_size) if self.answer is None else self.answer(spec)
-            tokens[i] = SampledToken(token_id)
+    def _sample(self, batch: Batch, hashes: list[list[int]]) -> tuple[list[SampledToken], ...]:
+        tokens: list[list[SampledToken]] = []
+        for sequence, rows in zip(batch.sequences, hashes, strict=True):
+            spec = sequence.sample
+            drafts = sequence.token_ids[len(sequence.token_ids) - sequence.num_drafts :]
+            if spec is None:
+                tokens.append([])
+            elif self.answer is not None:
+                assert not drafts, "scripted answers know no drafts"
+                tokens.append([SampledToken(self.answer(spec))])
+            elif self.sampler is None:
+                tokens.append([SampledToken(next_token(h, self.vocab_size)) for h in rows])
+            else:
+                logits = np.stack([fake_logits(h, self.vocab_size) for h in rows])
+                known = [drafts[:i] for i in range(len(rows))]
+                tokens.append(self.sampler(logits, [spec] * len(rows), *([known] if drafts else [])))
         return tuple(tokens)
