@@ -227,8 +227,6 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
 
 
 def _build(config: EngineConfig, progress: Progress | None) -> Built:
-    from .engine.sampling import HostSampler
-
     planned = plan(config)
     planned.check_memory()
     for note in planned.notes:
@@ -239,6 +237,7 @@ def _build(config: EngineConfig, progress: Progress | None) -> Built:
     executor: Executor
     if config.device == "reference":
         from .backends.reference.executor import ReferenceExecutor
+        from .engine.sampling import HostSampler
 
         executor = ReferenceExecutor(planned.graph, read, planned.kv_spec, HostSampler())
     else:
@@ -254,7 +253,7 @@ def _build(config: EngineConfig, progress: Progress | None) -> Built:
                 progress(done, total)
 
         executor = CpuExecutor(
-            planned.program, read, planned.kv_spec, HostSampler(), isa=planned.isa, threads=planned.threads,
+            planned.program, read, planned.kv_spec, isa=planned.isa, threads=planned.threads,
             activations=config.activations,
             content_key=content_hash(checkpoint.files) if config.packed_cache else None, on_packed=on_packed,
         )  # fmt: skip

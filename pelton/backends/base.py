@@ -34,6 +34,13 @@ class SampleSpec:
     ``output_token_ids`` are the history that penalties look at; the executor does not change them.
     ``seed`` is the request's resolved seed; together with ``len(output_token_ids)`` it determines the
     random number, so a request draws the same tokens whatever else is in the batch.
+
+    One spec serves all steps of a request: ``output_token_ids`` grows in place, at its end only. Lists and
+    ``array('i')`` will do. ``params.bad_words`` are token ids here, the layer that has the tokenizer saw to it.
+
+    ``mask`` is called when the logits are there, with the tokens of a draft (none without speculation), and
+    returns which tokens may follow prompt, output and draft: int32 or uint32 [ceil(vocab / 32)], bit i % 32 of
+    word i / 32 for token i, or None for all. The array is not written to until the sampler has returned.
     """
 
     params: Any
@@ -41,6 +48,9 @@ class SampleSpec:
     output_token_ids: Sequence[int]
     seed: int
     stop_token_ids: frozenset[int] = frozenset()  # forbidden until ``min_tokens`` are out
+    mask: Callable[[Sequence[int]], npt.NDArray[np.int32] | npt.NDArray[np.uint32] | None] | None = None
+    #: What a sampler keeps of the request between steps. Its own affair.
+    sampler_state: Any = field(default=None, init=False, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +133,44 @@ class StepProfile:
     calls: tuple[CallStats, ...]
 
 
-#: logits float32 [N, vocab], one spec per row -> one token per row. Host backends get it injected.
+#: logits float32 [N, vocab], one spec per row -> one token per row. Samplers also take ``drafts``, see HostSampler.
 Sampler: TypeAlias = "Callable[[npt.NDArray[np.float32], Sequence[SampleSpec]], list[SampledToken]]"
+
+#: Longest row of logits that is sampled: the sum of that many weights of 2**42 stays within 64 bits.
+MAX_VOCAB = 1 << 20
+
+
+class SamplingError(RuntimeError):
+    """A row of logits from which no token can be chosen; ``row`` is its index, no row was sampled.
+
+    The model, a kernel or a logits processor is broken, or mask and allowed_token_ids have no token in common.
+    """
+
+    def __init__(self, row: int, rows: int, spec: SampleSpec, reason: str) -> None:
+        super().__init__(
+            f"logits of request row {row} of {rows} (seed {spec.seed},"
+            f" {len(spec.output_token_ids)} output tokens) have {reason}"
+        )
+        self.row = row
+
+
+def processed_row(
+    row: npt.NDArray[np.float32], spec: SampleSpec, draft: Sequence[int] = ()
+) -> npt.NDArray[np.float32]:
+    """A copy of a row of logits after the request's ``logits_processors``, contiguous.
+
+    Raises:
+        TypeError: a processor returned something other than float32 of the row's shape.
+    """
+    # Copies, so that a processor changes nothing but what it returns.
+    result = np.array(row)
+    for processor in spec.params.logits_processors:
+        changed = processor(list(spec.prompt_token_ids), [*spec.output_token_ids, *draft], result)
+        if not isinstance(changed, np.ndarray) or changed.shape != row.shape or changed.dtype != np.float32:
+            got = f"{changed.dtype} {changed.shape}" if isinstance(changed, np.ndarray) else type(changed).__name__
+            raise TypeError(f"a logits processor returned {got}, not float32 {row.shape}")
+        result = changed
+    return np.ascontiguousarray(result)
 
 
 class Executor(Protocol):
