@@ -166,9 +166,10 @@ public:
     }
 
     // extras: (row, draft, mask, changed logits) of the rows that have any.
-    nb::tuple sample(Logits logits, nb::list requests,
-                     const std::vector<std::tuple<int64_t, std::vector<int32_t>, std::optional<Mask>,
-                                                  std::optional<LogitsRow>>>& extras) {
+    nb::tuple sample(
+        Logits logits, nb::list requests,
+        const std::vector<std::tuple<int64_t, std::vector<int32_t>, std::optional<Mask>, std::optional<LogitsRow>>>&
+            extras) {
         const std::shared_ptr<State> state = get();
         std::unique_lock<std::mutex> lock(state->sampling, std::try_to_lock);
         if (!lock.owns_lock()) throw std::invalid_argument("the executor is sampling already");
@@ -180,7 +181,8 @@ public:
         for (int64_t i = 0; i < count; ++i) {
             PySampleRequest& request = nb::cast<PySampleRequest&>(requests[i]);
             const int64_t step = request.update(vocab);
-            rows.push_back({&request.request, logits.data() + i * logits.stride(0), nullptr, nullptr, nullptr, 0, step});
+            rows.push_back(
+                {&request.request, logits.data() + i * logits.stride(0), nullptr, nullptr, nullptr, 0, step});
             most = std::max(most, static_cast<size_t>(std::max<int64_t>(0, request.request.params().logprobs)));
         }
         for (const auto& [index, draft, mask, changed] : extras) {
@@ -272,8 +274,7 @@ private:
     }
 
     // (logprob, rank, ids of the likeliest, their logprobs)
-    static nb::tuple entry(const State& state, const SampleResult& result, size_t first, int64_t count,
-                           int64_t vocab) {
+    static nb::tuple entry(const State& state, const SampleResult& result, size_t first, int64_t count, int64_t vocab) {
         nb::list ids, values;
         for (int64_t i = 0; i < std::min(count, vocab); ++i) {
             ids.append(state.top[first + i].token);

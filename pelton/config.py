@@ -94,8 +94,8 @@ class SamplingParams:
 
     def _check_tokens(self) -> None:
         """What names tokens: plain tuples and dicts from here on, with ids from 0."""
-        words = (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words or ())
-        words = tuple(w if isinstance(w, str) or not isinstance(w, Sequence) else tuple(w) for w in words)
+        given: tuple[Any, ...] = (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words or ())
+        words = tuple(tuple(w) if isinstance(w, Sequence) and not isinstance(w, str) else w for w in given)
         object.__setattr__(self, "bad_words", words)
         if any(not isinstance(w, (str, tuple)) or not w for w in words):
             raise RequestError("bad_words holds something that is empty or no text", "give texts or lists of token ids")
@@ -113,7 +113,8 @@ class SamplingParams:
             if not isinstance(self.logit_bias, Mapping):
                 raise RequestError(f"logit_bias is {self.logit_bias!r}", "give {token id: bias}")
             # JSON has no keys but texts.
-            bias = {int(t) if isinstance(t, str) and t.isdecimal() else t: b for t, b in self.logit_bias.items()}
+            asked: Mapping[Any, Any] = self.logit_bias
+            bias = {int(t) if isinstance(t, str) and t.isdecimal() else t: b for t, b in asked.items()}
             object.__setattr__(self, "logit_bias", bias)
             _check_ids("logit_bias", bias)
             for token, value in bias.items():

@@ -387,6 +387,11 @@ class LLM:
         tokenizer = self._parts.tokenizer
         if params.stop and tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and the checkpoint has none", "use stop_token_ids")
+        if params.best_of not in (None, params.n):
+            raise RequestError("best_of is not supported yet", "leave it out")
+        if params.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs is not supported yet", "leave it out")
+        params = self._with_token_ids(params)
         request_id = str(next(self._ids))
         output = RequestOutput(request_id, given.text, given.token_ids, [CompletionOutput(i) for i in range(params.n)])
         for i, completion in enumerate(output.outputs):
@@ -410,6 +415,40 @@ class LLM:
             self._engine.add_request(sequence_id, given.token_ids, one)
             self._answers[sequence_id] = answer
             run.unfinished.add(sequence_id)
+
+    def _with_token_ids(self, params: SamplingParams) -> SamplingParams:
+        """The parameters with ``bad_words`` as token ids, after a check of all ids that samplers look at."""
+        vocab = self._parts.vocab_size
+        words: list[tuple[int, ...]] = []
+        for word in params.bad_words:
+            if isinstance(word, str):
+                # An id that is beyond the logits is never sampled, nor is a word that has it.
+                words += [ids for ids in self._spellings(word) if max(ids) < vocab and ids not in words]
+            else:
+                words.append(tuple(word))
+        named = {
+            "logit_bias": params.logit_bias or (),
+            "allowed_token_ids": params.allowed_token_ids or (),
+            "bad_words": [token for ids in words for token in ids],
+        }
+        for name, ids in named.items():
+            if (largest := max(ids, default=0)) >= vocab:
+                raise RequestError(
+                    f"{name} names token id {largest}, the vocabulary has {vocab} tokens",
+                    f"give ids from 0 to {vocab - 1}",
+                )
+        return replace(params, bad_words=words) if params.bad_words else params
+
+    def _spellings(self, word: str) -> list[tuple[int, ...]]:
+        """The tokens of a bad word at the start of a text, and after a space."""
+        tokenizer = self._parts.tokenizer
+        if tokenizer is None:
+            raise RequestError("bad_words need a tokenizer, and the checkpoint has none", "give them as token ids")
+        bare = word.lstrip(" ")
+        spellings = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (bare, " " + bare)]
+        if not all(spellings):
+            raise RequestError(f"the bad word {word!r} has no tokens", "remove it")
+        return spellings
 
     def _step(self) -> None:
         """One step of the engine; what it brings goes to the calls that wait for it."""

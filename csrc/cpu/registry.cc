@@ -42,7 +42,7 @@ struct Tier {
     std::vector<const char*> features;
     std::vector<const Kernel*> tables;
     const PeakKernels* peaks;
-    const SampleKernels* sample;  // null: those of the tier before
+    const SampleKernels* sample = nullptr;  // those of the tier before
 };
 
 #define PELTON_SPECIAL(isa) isa::linear_kernels, isa::attention_kernels
@@ -55,10 +55,14 @@ const std::vector<Tier>& tiers() {
         {"generic", {}, {PELTON_ALL(generic)}, &generic::peak_kernels, &generic::sample_kernels},
 #if defined(__x86_64__)
         {"avx2", {"avx2", "fma", "f16c"}, {PELTON_ALL(avx2)}, &avx2::peak_kernels, &avx2::sample_kernels},
-        {"avx512", {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, {PELTON_ALL(avx512)}, &avx512::peak_kernels, &avx512::sample_kernels},
-        {"avx512_bf16", {"avx512_bf16", "avx512_vnni"}, {PELTON_SPECIAL(avx512_bf16)}, &avx512_bf16::peak_kernels, nullptr},
+        {"avx512",
+         {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+         {PELTON_ALL(avx512)},
+         &avx512::peak_kernels,
+         &avx512::sample_kernels},
+        {"avx512_bf16", {"avx512_bf16", "avx512_vnni"}, {PELTON_SPECIAL(avx512_bf16)}, &avx512_bf16::peak_kernels},
 #if defined(PELTON_HAS_AMX)
-        {"amx", {"amx_tile", "amx_bf16", "amx_int8"}, {PELTON_SPECIAL(amx)}, &amx::peak_kernels, nullptr},
+        {"amx", {"amx_tile", "amx_bf16", "amx_int8"}, {PELTON_SPECIAL(amx)}, &amx::peak_kernels},
 #endif
 #endif
     };

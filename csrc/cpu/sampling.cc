@@ -30,9 +30,7 @@ uint64_t bits_of(double x) {
     return bits;
 }
 
-uint64_t mass_of(float weight) {
-    return bits_of(static_cast<double>(weight) + kMassShifter) - bits_of(kMassShifter);
-}
+uint64_t mass_of(float weight) { return bits_of(static_cast<double>(weight) + kMassShifter) - bits_of(kMassShifter); }
 
 // The mass that makes up a share of `total`; not 0.
 uint64_t share_of(double share, uint64_t total) {
@@ -60,6 +58,15 @@ void require_fit(const char* name, int32_t token, int64_t vocab) {
     if (token < vocab) return;
     throw std::invalid_argument(std::string(name) + " names token " + std::to_string(token) + ", a row has " +
                                 std::to_string(vocab) + " logits");
+}
+
+// The id of the element that has `before` others with the same key before it.
+int32_t id_of_equal(const SampleList& list, const float* keys, float key, int64_t before) {
+    if (!list.ids) return INT32_MAX;
+    int64_t i = 0;
+    for (;; ++i) {
+        if (keys[i] == key && before-- == 0) return list.ids[i];
+    }
 }
 
 }  // namespace
@@ -146,9 +153,9 @@ void SampleRequest::fit(int64_t vocab) {
 // What one thread works with, as long as the longest row so far. Pages that no row needed take no memory.
 struct Sampler::Scratch {
     std::unique_ptr<Mapping> memory;
-    float* row = nullptr;      // the logits after what the request changes
-    float* maxima = nullptr;   // of the blocks of the row that was looked at last
-    float* above = nullptr;    // and of blocks of those
+    float* row = nullptr;     // the logits after what the request changes
+    float* maxima = nullptr;  // of the blocks of the row that was looked at last
+    float* above = nullptr;   // and of blocks of those
     uint64_t* masses = nullptr;
     float* test = nullptr;
     SampleList list = {}, work = {};
@@ -219,9 +226,8 @@ void Sampler::for_rows(int64_t rows, const Body& body) {
 void Sampler::sample(const std::vector<SampleRow>& rows, int64_t vocab, SampleResult* results, TopLogprob* top,
                      int64_t top_stride) {
     reserve(vocab);
-    for_rows(static_cast<int64_t>(rows.size()), [&](Scratch& s, int64_t row) {
-        sample_row(s, rows[row], vocab, results[row], top + row * top_stride);
-    });
+    for_rows(static_cast<int64_t>(rows.size()),
+             [&](Scratch& s, int64_t row) { sample_row(s, rows[row], vocab, results[row], top + row * top_stride); });
 }
 
 void Sampler::logprobs(const float* logits, int64_t stride, int64_t rows, int64_t vocab, const int32_t* tokens,
@@ -387,31 +393,36 @@ int32_t Sampler::draw(Scratch& s, const SampleParams& params, const float* x, in
         return draw_from_all(s, x, n, peak, scale, random_target(bits, total));
     }
     SampleList& list = s.list;
-    // Scaled logits below this are neither kept nor do they count.
-    double lowest = -kWeightless;
-    const auto least = [&] { return static_cast<float>(peak + lowest * params.temperature); };
-    uint64_t mass = 0;
+    const auto level = [&](double scaled) { return static_cast<float>(peak + scaled * params.temperature); };
+    float least = level(-kWeightless);  // what is below is neither kept nor does it count
+    const auto collect = [&] {
+        list.size = kernels_.collect(x, n, s.maxima, least, list.keys, list.ids);
+        return kernels_.weigh(list.weights, list.keys, list.size, peak, scale);
+    };
+    uint64_t mass;
     if (has_top_k) {
-        collect_top(s, x, n, params.top_k, least(), peak);
+        collect_top(s, x, n, params.top_k, least, peak);
         mass = kernels_.weigh(list.weights, list.keys, list.size, peak, scale);
-    } else {
-        if (has_top_p) {
-            mass = total_mass(s, x, n, peak, scale);
+    } else if (has_top_p) {
+        mass = total_mass(s, x, n, peak, scale);
+        const float weightless = least;
+        // What a peaked distribution needs is in the best quarter of the blocks.
+        least = std::max(least, top_of_blocks(s, n, (num_blocks(n) + 3) / 4, peak));
+        if (collect() < share_of(params.top_p, mass)) {
             // All below together are at most half of what top-p leaves out, even if each were rounded up to a unit.
             const double left_out = (1.0 - params.top_p) * std::ldexp(static_cast<double>(mass), -kMassBits);
-            lowest = std::max(lowest, std::log(0.25 * left_out / static_cast<double>(n)) - 0.001);
-        } else if (has_min_p) {
-            lowest = std::max(lowest, std::log(params.min_p) - 0.001);
+            least = std::max(weightless, level(std::log(0.25 * left_out / static_cast<double>(n)) - 0.001));
+            collect();
         }
-        list.size = kernels_.collect(x, n, s.maxima, least(), list.keys, list.ids);
-        const uint64_t collected = kernels_.weigh(list.weights, list.keys, list.size, peak, scale);
-        if (!has_top_p) mass = collected;
+    } else {
+        if (has_min_p) least = std::max(least, level(std::log(params.min_p) - 0.001));
+        mass = collect();
     }
     const auto keep = [&](const float* test, const Cut& cut) {
-        list.size = kernels_.keep(list, test, cut.key, cut.id, true, list);
+        list.size = kernels_.keep(list, test, cut.key, cut.id, list);
         mass = cut.mass;
     };
-    if (has_top_p) keep(list.keys, cut(s, list, list.keys, false, share_of(params.top_p, mass), least(), peak));
+    if (has_top_p) keep(list.keys, cut(s, list, list.keys, false, share_of(params.top_p, mass), least, peak));
     if (has_min_p) {
         const auto mass_of_least = static_cast<uint64_t>(std::ceil(std::ldexp(params.min_p, kMassBits)));
         const float weight = weight_with_mass(std::max<uint64_t>(1, mass_of_least));
@@ -435,8 +446,7 @@ uint64_t Sampler::total_mass(Scratch& s, const float* x, int64_t n, float peak, 
     return total;
 }
 
-int32_t Sampler::draw_from_all(Scratch& s, const float* x, int64_t n, float peak, float scale,
-                               uint64_t target) const {
+int32_t Sampler::draw_from_all(Scratch& s, const float* x, int64_t n, float peak, float scale, uint64_t target) const {
     int64_t block = 0;
     for (; target >= s.masses[block]; ++block) target -= s.masses[block];
     const int64_t begin = block * kSampleBlock, size = std::min(kSampleBlock, n - begin);
@@ -444,29 +454,29 @@ int32_t Sampler::draw_from_all(Scratch& s, const float* x, int64_t n, float peak
     return static_cast<int32_t>(begin + kernels_.draw(s.list.weights, size, target));
 }
 
-// Into s.list without weights, the `count` largest logits that are at least `least`. Needs s.maxima.
+// A logit that is no larger than the largest of `count` blocks; a row has as many that are no smaller.
+float Sampler::top_of_blocks(Scratch& s, int64_t n, int64_t count, float peak) const {
+    const SampleList maxima = {s.maxima, nullptr, nullptr, num_blocks(n)};
+    return cut(s, maxima, s.maxima, true, static_cast<uint64_t>(count) * kMassOne, -FLT_MAX, peak).key;
+}
+
+// Into s.list, whose weights are to be computed, the `count` largest logits that are at least `least`. Needs s.maxima.
 void Sampler::collect_top(Scratch& s, const float* x, int64_t n, int64_t count, float least, float peak) const {
-    const auto needed = static_cast<uint64_t>(count) * kMassOne;
-    if (const int64_t blocks = num_blocks(n); count < blocks) {
-        // As many blocks have a logit that is no smaller than this.
-        const SampleList maxima = {s.maxima, nullptr, nullptr, blocks};
-        least = std::max(least, cut(s, maxima, s.maxima, true, needed, -FLT_MAX, peak).key);
-    }
-    SampleList list = {s.list.keys, nullptr, s.list.ids, 0};
+    if (count < num_blocks(n)) least = std::max(least, top_of_blocks(s, n, count, peak));
+    SampleList& list = s.list;
     list.size = kernels_.collect(x, n, s.maxima, least, list.keys, list.ids);
     if (list.size > count) {
-        const Cut last = cut(s, list, list.keys, true, needed, least, peak);
-        list.size = kernels_.keep(list, list.keys, last.key, last.id, true, list);
+        const Cut last = cut(s, list, list.keys, true, static_cast<uint64_t>(count) * kMassOne, least, peak);
+        list.size = kernels_.keep(list, list.keys, last.key, last.id, list);
     }
-    s.list.size = list.size;
 }
 
 // Where a list, ranked by `keys`, has to end so that its mass is at least `needed`; with `counted`, every weight is 1.
 // Keys are in [low, high], save -inf, and `high` occurs if it equals `low`.
 Sampler::Cut Sampler::cut(Scratch& s, const SampleList& list, const float* keys, bool counted, uint64_t needed,
                           float low, float high) const {
-    SampleList now = {const_cast<float*>(keys), counted ? nullptr : list.weights, list.ids, list.size};  // only read
-    const SampleList work = {s.work.keys, counted ? nullptr : s.work.weights, list.ids ? s.work.ids : nullptr, 0};
+    SampleList now = {const_cast<float*>(keys), counted ? nullptr : list.weights, nullptr, list.size};  // only read
+    const SampleList work = {s.work.keys, counted ? nullptr : s.work.weights, nullptr, 0};
     uint64_t above = 0;  // the mass of what has been left behind with larger keys
     low = std::max(low, -FLT_MAX);
     while (now.size > kSortAtMost) {
@@ -475,7 +485,7 @@ Sampler::Cut Sampler::cut(Scratch& s, const SampleList& list, const float* keys,
         const float pivot = !last && middle > low ? middle : high;
         const SampleSplit split = kernels_.split(now.keys, now.weights, now.size, pivot);
         const bool upper = above + split.mass >= needed;
-        const int64_t size = kernels_.keep(now, now.keys, pivot, INT32_MAX, upper, work);
+        const int64_t size = kernels_.part(now, pivot, upper, work);
         now = work;
         now.size = size;
         if (!upper) {
@@ -491,21 +501,24 @@ Sampler::Cut Sampler::cut(Scratch& s, const SampleList& list, const float* keys,
         const int64_t index =
             counted ? static_cast<int64_t>(target / kMassOne) : kernels_.draw(now.weights, now.size, target);
         const uint64_t mass = kernels_.split(now.keys, now.weights, index + 1, -kInfinity).mass;
-        return {high, now.ids ? now.ids[index] : 0, above + mass};
+        return {high, id_of_equal(list, keys, high, index), above + mass};
     }
     struct Ranked {
         float key;
-        int32_t id;
-        uint64_t mass;
+        int32_t place;
     } ranked[kSortAtMost];
-    for (int64_t i = 0; i < now.size; ++i) {
-        ranked[i] = {now.keys[i], now.ids ? now.ids[i] : 0, counted ? kMassOne : mass_of(now.weights[i])};
-    }
+    for (int64_t i = 0; i < now.size; ++i) ranked[i] = {now.keys[i], static_cast<int32_t>(i)};
     std::sort(ranked, ranked + now.size,
-              [](const Ranked& a, const Ranked& b) { return a.key != b.key ? a.key > b.key : a.id < b.id; });
-    int64_t i = 0;
-    for (; i < now.size - 1 && above + ranked[i].mass < needed; ++i) above += ranked[i].mass;
-    return {ranked[i].key, ranked[i].id, above + ranked[i].mass};
+              [](const Ranked& a, const Ranked& b) { return a.key != b.key ? a.key > b.key : a.place < b.place; });
+    for (int64_t i = 0;; ++i) {
+        above += counted ? kMassOne : mass_of(now.weights[ranked[i].place]);
+        if (above < needed && i < now.size - 1) continue;
+        const float key = ranked[i].key;
+        if (i == now.size - 1 || ranked[i + 1].key != key) return {key, INT32_MAX, above};
+        int64_t equals_before = 0;
+        while (equals_before < i && ranked[i - equals_before - 1].key == key) ++equals_before;
+        return {key, id_of_equal(list, keys, key, equals_before), above};
+    }
 }
 
 // offset: log of the sum of exp. Needs s.maxima.

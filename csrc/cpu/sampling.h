@@ -61,21 +61,21 @@ private:
     const SampleParams params_;
     const bool has_penalty_;
     int64_t vocab_ = 0;
-    std::vector<uint32_t> allowed_;     // a bit per token, if there are allowed_ids
-    std::vector<int32_t> output_;       // if needs_output()
-    std::vector<Seen> seen_;            // the tokens that penalties change, each once
+    std::vector<uint32_t> allowed_;               // a bit per token, if there are allowed_ids
+    std::vector<int32_t> output_;                 // if needs_output()
+    std::vector<Seen> seen_;                      // the tokens that penalties change, each once
     std::unordered_map<int32_t, size_t> places_;  // in seen_
-    size_t prompt_seen_ = 0;            // of these, the first come from the prompt
+    size_t prompt_seen_ = 0;                      // of these, the first come from the prompt
 };
 
 // One row to sample from. A request may have several rows, whose histories end with different drafts.
 struct SampleRow {
     SampleRequest* request;
-    const float* logits;          // raw: logprobs come from them
-    const float* changed;         // what logits processors made of them, or null
-    const uint32_t* mask;         // allowed tokens, or null
-    const int32_t* draft;         // tokens after the output
-    int64_t draft_size, step;     // step: tokens of output and draft
+    const float* logits;       // raw: logprobs come from them
+    const float* changed;      // what logits processors made of them, or null
+    const uint32_t* mask;      // allowed tokens, or null
+    const int32_t* draft;      // tokens after the output
+    int64_t draft_size, step;  // step: tokens of output and draft
 };
 
 struct TopLogprob {
@@ -124,6 +124,7 @@ private:
     int32_t draw(Scratch& s, const SampleParams& params, const float* x, int64_t n, float peak, uint64_t bits) const;
     int32_t draw_from_all(Scratch& s, const float* x, int64_t n, float peak, float scale, uint64_t target) const;
     uint64_t total_mass(Scratch& s, const float* x, int64_t n, float peak, float scale) const;
+    float top_of_blocks(Scratch& s, int64_t n, int64_t count, float peak) const;
     void collect_top(Scratch& s, const float* x, int64_t n, int64_t count, float least, float peak) const;
     Cut cut(Scratch& s, const SampleList& list, const float* keys, bool counted, uint64_t needed, float low,
             float high) const;

@@ -154,9 +154,7 @@ class SamplingError(RuntimeError):
         self.row = row
 
 
-def processed_row(
-    row: npt.NDArray[np.float32], spec: SampleSpec, draft: Sequence[int] = ()
-) -> npt.NDArray[np.float32]:
+def processed_row(row: npt.NDArray[np.float32], spec: SampleSpec, draft: Sequence[int] = ()) -> npt.NDArray[np.float32]:
     """A copy of a row of logits after the request's ``logits_processors``, contiguous.
 
     Raises:

@@ -24,7 +24,7 @@ Sums of weights are sums of integers, exact in any order.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -58,7 +58,7 @@ class HostSampler:
                 mask and ``allowed_token_ids`` leave nothing.
             ValueError: the parameters name a token that the row does not have.
         """
-        if logits.ndim != 2 or logits.shape[0] != len(specs) or drafts is not None and len(drafts) != len(specs):
+        if logits.ndim != 2 or logits.shape[0] != len(specs) or (drafts is not None and len(drafts) != len(specs)):
             raise RuntimeError(f"logits of shape {logits.shape} for {len(specs)} sequences to sample")
         if not specs:
             return []
@@ -67,15 +67,17 @@ class HostSampler:
         # largest value.
         best = logits.argmax(axis=1)
         peaks = logits[np.arange(len(specs)), best]
-        for row in np.flatnonzero(~np.isfinite(peaks)):
-            raise SamplingError(int(row), len(specs), specs[row], f"maximum {peaks[row]}")
+        if not np.isfinite(peaks).all():
+            broken = int(np.flatnonzero(~np.isfinite(peaks))[0])
+            raise SamplingError(broken, len(specs), specs[broken], f"maximum {peaks[broken]}")
         tokens: list[SampledToken] = []
         for index, spec in enumerate(specs):
             params: SamplingParams = spec.params
             draft = drafts[index] if drafts is not None else ()
             raw = logits[index]
             try:
-                row = adjusted_logits(raw, spec, draft)
+                with np.errstate(over="ignore"):  # an infinity is found below
+                    row = adjusted_logits(raw, spec, draft)
             except ArithmeticError as error:
                 raise SamplingError(index, len(specs), spec, str(error)) from None
             if params.temperature < _GREEDY_BELOW:
@@ -124,9 +126,8 @@ def adjusted_logits(raw: Floats, spec: SampleSpec, draft: Sequence[int] = ()) ->
         only = np.full_like(row, -np.inf)
         only[list(params.allowed_token_ids)] = row[list(params.allowed_token_ids)]
         row = only
-    if mask is not None or params.allowed_token_ids is not None:
-        if row.max() == -np.inf:
-            raise ArithmeticError("no token that its mask and allowed_token_ids leave")
+    if (mask is not None or params.allowed_token_ids is not None) and row.max() == -np.inf:
+        raise ArithmeticError("no token that its mask and allowed_token_ids leave")
     if params.bad_words:
         row = _without(row, _bad_tokens(params.bad_words, output, len(row)))
     if params.min_tokens:
@@ -166,8 +167,8 @@ def _allowed(mask: npt.NDArray[np.int32] | npt.NDArray[np.uint32], vocab: int) -
     return bits[:vocab].astype(np.bool_)
 
 
-def _check_ids(name: str, ids: Sequence[int] | frozenset[int] | object, vocab: int) -> None:
-    largest = max(ids, default=-1)  # type: ignore[call-overload]
+def _check_ids(name: str, ids: Iterable[int], vocab: int) -> None:
+    largest = max(ids, default=-1)
     if largest >= vocab:
         raise ValueError(f"{name} names token {largest}, a row has {vocab} logits")
 

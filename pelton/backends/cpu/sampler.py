@@ -100,9 +100,11 @@ def _prepare(spec: SampleSpec) -> _native.SampleRequest:
     from . import _native
 
     params: SamplingParams = spec.params
+    bad_words: list[list[int]] = []
     for word in params.bad_words:
         if isinstance(word, str):
             raise ValueError(f"the bad word {word!r} has not been tokenized")
+        bad_words.append(list(word))
     request = _native.SampleRequest(
         output=spec.output_token_ids,
         temperature=params.temperature,
@@ -120,7 +122,7 @@ def _prepare(spec: SampleSpec) -> _native.SampleRequest:
         stop_ids=sorted(spec.stop_token_ids),
         allowed_ids=None if params.allowed_token_ids is None else list(params.allowed_token_ids),
         biases=list((params.logit_bias or {}).items()),
-        bad_words=[list(word) for word in params.bad_words],
+        bad_words=bad_words,
     )
     object.__setattr__(spec, "sampler_state", request)  # the one field of a spec that is not its maker's
     return request

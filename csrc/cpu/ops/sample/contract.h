@@ -45,10 +45,12 @@ struct SampleKernels {
     int64_t (*collect)(const float* x, int64_t n, const float* maxima, float least, float* keys, int32_t* ids);
     // A null `weights` means 1 for all.
     SampleSplit (*split)(const float* keys, const float* weights, int64_t n, float pivot);
-    // The elements whose `test` is above `key`, or equal with an id of at most `id`; with `inside` false, the others.
-    // Returns how many. `to` may be `from`; null `ids` count as small.
-    int64_t (*keep)(const SampleList& from, const float* test, float key, int32_t id, bool inside,
-                    const SampleList& to);
+    // The elements with key >= pivot, or the others, in their order; returns how many. `to` may be `from`. Ids are
+    // left out, weights where `to` has none.
+    int64_t (*part)(const SampleList& from, float pivot, bool upper, const SampleList& to);
+    // The elements whose `test` is above `key`, or equal with an id of at most `id`. Returns how many. `to` may be
+    // `from`.
+    int64_t (*keep)(const SampleList& from, const float* test, float key, int32_t id, const SampleList& to);
     // The first index at which the mass up to there, itself included, exceeds `target`; n if none.
     int64_t (*draw)(const float* weights, int64_t n, uint64_t target);
     // The sum of weight times scaled logit, each product rounded, in units of 2^-42.

@@ -1,5 +1,4 @@
 #include "cpu/ops/sample/contract.h"
-
 #include "cpu/simd.h"
 
 namespace pelton::cpu::PELTON_ISA {
@@ -151,9 +150,8 @@ void masked(float* out, const float* x, int64_t n, const uint32_t* bits) {
         const VF v = load_or(x + i, n - i, -kInfinity);
         const uint32_t lanes = bits[i / 32] >> (i % 32);
 #if defined(__AVX512F__)
-        const VF kept = reinterpret_cast<VF>(_mm512_mask_mov_ps(reinterpret_cast<__m512>(splat(-kInfinity)),
-                                                                static_cast<__mmask16>(lanes),
-                                                                reinterpret_cast<__m512>(v)));
+        const VF kept = reinterpret_cast<VF>(_mm512_mask_mov_ps(
+            reinterpret_cast<__m512>(splat(-kInfinity)), static_cast<__mmask16>(lanes), reinterpret_cast<__m512>(v)));
 #else
         const VI numbers = __builtin_convertvector(lane_numbers(), VI);
         const VI bit = reinterpret_cast<VI>(splat_u32(1)) << numbers;
@@ -238,42 +236,88 @@ SampleSplit split(const float* keys, const float* weights, int64_t n, float pivo
     return {mass.total(), least_upper, max_lane(largest)};
 }
 
-int64_t keep(const SampleList& from, const float* test, float key, int32_t id, bool inside, const SampleList& to) {
-    int64_t count = 0;
 #if defined(__AVX512F__)
-    const __m512 keys = _mm512_set1_ps(key);
+// Where whole vectors are written, what lies behind them has been read already, or is padding.
+PELTON_INLINE void compress(float* to, __mmask16 hit, __m512 v) {
+    _mm512_storeu_ps(to, _mm512_maskz_compress_ps(hit, v));
+}
+
+PELTON_INLINE void compress(int32_t* to, __mmask16 hit, __m512i v) {
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(hit, v));
+}
+
+template <bool kIds>
+PELTON_INLINE int64_t keep_lanes(const SampleList& from, const float* test, float key, int32_t id, bool inside,
+                                 const SampleList& to) {
+    const float *keys = from.keys, *weights = from.weights;
+    float *to_keys = to.keys, *to_weights = to.weights;
+    const int32_t* ids = from.ids;
+    int32_t* to_ids = to.ids;
+    const __m512 pivot = _mm512_set1_ps(key);
     const __m512i last = _mm512_set1_epi32(id);
     const __mmask16 flip = inside ? 0 : 0xffff;
-    for (int64_t i = 0; i < from.size; i += 16) {
-        const int64_t left = from.size - i;
-        const __mmask16 lanes = static_cast<__mmask16>(left >= 16 ? 0xffff : (1u << left) - 1);
+    int64_t count = 0;
+    const auto step = [&](int64_t i, __mmask16 lanes) __attribute__((always_inline)) {
         const __m512 tested = _mm512_maskz_loadu_ps(lanes, test + i);
-        const __m512i number = from.ids ? _mm512_maskz_loadu_epi32(lanes, from.ids + i) : _mm512_setzero_si512();
-        const __mmask16 above = _mm512_cmp_ps_mask(tested, keys, _CMP_GT_OQ);
-        const __mmask16 equal = _mm512_cmp_ps_mask(tested, keys, _CMP_EQ_OQ) & _mm512_cmple_epi32_mask(number, last);
-        const __mmask16 hit = ((above | equal) ^ flip) & lanes;
-        // Whole vectors are written. Behind them lies what has been read, or padding.
-        const __m512 key_vector = _mm512_maskz_loadu_ps(lanes, from.keys + i);
-        _mm512_storeu_ps(to.keys + count, _mm512_maskz_compress_ps(hit, key_vector));
-        if (to.weights) {
-            const __m512 weight = _mm512_maskz_loadu_ps(lanes, from.weights + i);
-            _mm512_storeu_ps(to.weights + count, _mm512_maskz_compress_ps(hit, weight));
+        __mmask16 hit;
+        if constexpr (kIds) {
+            const __m512i number = _mm512_maskz_loadu_epi32(lanes, ids + i);
+            hit = _mm512_cmp_ps_mask(tested, pivot, _CMP_GT_OQ) |
+                  (_mm512_cmp_ps_mask(tested, pivot, _CMP_EQ_OQ) & _mm512_cmple_epi32_mask(number, last));
+            hit = (hit ^ flip) & lanes;
+            const __m512 vector = _mm512_maskz_loadu_ps(lanes, keys + i);
+            const __m512 weight = _mm512_maskz_loadu_ps(lanes, weights + i);
+            compress(to_keys + count, hit, vector);
+            compress(to_weights + count, hit, weight);
+            compress(to_ids + count, hit, number);
+        } else {
+            hit = (_mm512_cmp_ps_mask(tested, pivot, _CMP_GE_OQ) ^ flip) & lanes;
+            const __m512 vector = _mm512_maskz_loadu_ps(lanes, keys + i);
+            if (to_weights) {
+                const __m512 weight = _mm512_maskz_loadu_ps(lanes, weights + i);
+                compress(to_weights + count, hit, weight);
+            }
+            compress(to_keys + count, hit, vector);
         }
-        if (to.ids) _mm512_storeu_si512(to.ids + count, _mm512_maskz_compress_epi32(hit, number));
         count += __builtin_popcount(hit);
-    }
+    };
+    int64_t i = 0;
+    for (; i + 16 <= from.size; i += 16) step(i, 0xffff);
+    if (i < from.size) step(i, static_cast<__mmask16>((1u << (from.size - i)) - 1));
+    return count;
+}
+#endif
+
+int64_t keep(const SampleList& from, const float* test, float key, int32_t id, const SampleList& to) {
+#if defined(__AVX512F__)
+    return keep_lanes<true>(from, test, key, id, true, to);
 #else
+    int64_t count = 0;
     for (int64_t i = 0; i < from.size; ++i) {
         const float tested = test[i];
-        const int32_t number = from.ids ? from.ids[i] : 0;
-        const bool hit = (tested > key || (tested == key && number <= id)) == inside;
+        const int32_t number = from.ids[i];
         to.keys[count] = from.keys[i];
-        if (to.weights) to.weights[count] = from.weights[i];
-        if (to.ids) to.ids[count] = number;
-        count += hit;
+        to.weights[count] = from.weights[i];
+        to.ids[count] = number;
+        count += tested > key || (tested == key && number <= id);
     }
-#endif
     return count;
+#endif
+}
+
+int64_t part(const SampleList& from, float pivot, bool upper, const SampleList& to) {
+#if defined(__AVX512F__)
+    return keep_lanes<false>(from, from.keys, pivot, 0, upper, to);
+#else
+    int64_t count = 0;
+    for (int64_t i = 0; i < from.size; ++i) {
+        const float key = from.keys[i];
+        to.keys[count] = key;
+        if (to.weights) to.weights[count] = from.weights[i];
+        count += (key >= pivot) == upper;
+    }
+    return count;
+#endif
 }
 
 int64_t draw(const float* weights, int64_t n, uint64_t target) {
@@ -334,7 +378,7 @@ int64_t count_above(const float* x, int64_t n, float value) {
 }  // namespace
 
 extern const SampleKernels sample_kernels;
-const SampleKernels sample_kernels = {maxima, masked, block_masses, weigh,    collect,    split,
-                                      keep,   draw,   scaled_mass,  nearness, count_above};
+const SampleKernels sample_kernels = {maxima, masked, block_masses, weigh,       collect,  split,
+                                      part,   keep,   draw,         scaled_mass, nearness, count_above};
 
 }  // namespace pelton::cpu::PELTON_ISA
