@@ -1,6 +1,7 @@
 // pelton.backends.cpu._native: the only file that knows Python.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -8,6 +9,8 @@
 
 #include <algorithm>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -20,6 +23,7 @@
 #include "cpu/ops/linear/contract.h"
 #include "cpu/peaks.h"
 #include "cpu/registry.h"
+#include "cpu/sampling.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -31,15 +35,76 @@ using Bytes = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>, nb::c_contig, n
 using Indices = nb::ndarray<nb::numpy, const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Rows = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 using CacheBytes = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
+using Logits = nb::ndarray<nb::numpy, const float, nb::ndim<2>, nb::device::cpu>;
+using Mask = nb::ndarray<nb::numpy, const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using LogitsRow = nb::ndarray<nb::numpy, const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Dims = std::tuple<int64_t, int64_t, int64_t>;
 
 // The executor and what must live as long as it. Steps run without the GIL and hold their own reference,
 // so that close() in another thread takes nothing away from them.
 struct State {
-    State(const std::string& isa, int threads, int64_t arena_bytes) : executor(isa, threads, arena_bytes) {}
+    State(const std::string& isa, int threads, int64_t arena_bytes)
+        : executor(isa, threads, arena_bytes), sampler(executor) {}
 
     std::vector<Bytes> constants;  // destroyed after the executor
     Executor executor;
+    Sampler sampler;
+    // Of a call that samples; they keep their memory.
+    std::mutex sampling;
+    std::vector<SampleRow> rows;
+    std::vector<SampleResult> results;
+    std::vector<TopLogprob> top;
+};
+
+// A request to sample for, and where its output is found.
+struct PySampleRequest {
+    PySampleRequest(nb::object output, double temperature, int64_t top_k, double top_p, double min_p, double typical_p,
+                    double repetition_penalty, double presence_penalty, double frequency_penalty, uint64_t seed,
+                    int64_t min_tokens, int64_t logprobs, std::vector<int32_t> prompt, std::vector<int32_t> stop_ids,
+                    std::optional<std::vector<int32_t>> allowed_ids,
+                    const std::vector<std::pair<int32_t, double>>& biases, std::vector<std::vector<int32_t>> bad_words)
+        : output(std::move(output)), request([&] {
+              SampleParams params;
+              params.temperature = temperature;
+              params.top_k = top_k;
+              params.top_p = top_p;
+              params.min_p = min_p;
+              params.typical_p = typical_p;
+              params.repetition_penalty = static_cast<float>(repetition_penalty);
+              params.presence_penalty = presence_penalty;
+              params.frequency_penalty = frequency_penalty;
+              params.seed = seed;
+              params.min_tokens = min_tokens;
+              params.logprobs = logprobs;
+              params.prompt = std::move(prompt);
+              params.stop_ids = std::move(stop_ids);
+              if (allowed_ids) params.allowed_ids = std::move(*allowed_ids);
+              for (const auto& [token, bias] : biases) {
+                  params.bias_ids.push_back(token);
+                  params.biases.push_back(static_cast<float>(bias));
+              }
+              params.bad_words = std::move(bad_words);
+              params.require_sane();
+              return params;
+          }()) {}
+
+    // How many tokens are out. What the request needs of them is taken over.
+    int64_t update(int64_t vocab) {
+        request.fit(vocab);
+        const Py_ssize_t size = PyObject_Size(output.ptr());
+        if (size < 0) throw nb::python_error();
+        if (!request.needs_output()) return size;
+        if (static_cast<size_t>(size) < request.output().size()) request.forget();
+        for (auto i = static_cast<Py_ssize_t>(request.output().size()); i < size; ++i) {
+            nb::object token = nb::steal(PySequence_GetItem(output.ptr(), i));
+            if (!token.is_valid()) throw nb::python_error();
+            request.append(nb::cast<int32_t>(token));
+        }
+        return size;
+    }
+
+    nb::object output;
+    SampleRequest request;
 };
 
 class PyExecutor {
@@ -107,12 +172,127 @@ public:
         return CacheBytes(reinterpret_cast<uint8_t*>(cache->data()), 1, shape, keep(cache));
     }
 
+    // extras: (row, draft, mask, changed logits) of the rows that have any.
+    nb::tuple sample(
+        Logits logits, nb::list requests,
+        const std::vector<std::tuple<int64_t, std::vector<int32_t>, std::optional<Mask>, std::optional<LogitsRow>>>&
+            extras) {
+        const std::shared_ptr<State> state = get();
+        std::unique_lock<std::mutex> lock(state->sampling, std::try_to_lock);
+        if (!lock.owns_lock()) throw std::invalid_argument("the executor is sampling already");
+        const auto count = static_cast<int64_t>(logits.shape(0)), vocab = static_cast<int64_t>(logits.shape(1));
+        check_logits(logits, static_cast<int64_t>(requests.size()));
+        std::vector<SampleRow>& rows = state->rows;
+        rows.clear();
+        size_t most = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            PySampleRequest& request = nb::cast<PySampleRequest&>(requests[i]);
+            const int64_t step = request.update(vocab);
+            rows.push_back(
+                {&request.request, logits.data() + i * logits.stride(0), nullptr, nullptr, nullptr, 0, step});
+            most = std::max(most, static_cast<size_t>(std::max<int64_t>(0, request.request.params().logprobs)));
+        }
+        for (const auto& [index, draft, mask, changed] : extras) {
+            if (index < 0 || index >= count) throw std::invalid_argument("extras name a row that there is not");
+            SampleRow& row = rows[index];
+            for (int32_t token : draft) {
+                if (token < 0 || token >= vocab) throw std::invalid_argument("a draft has a token that is none");
+            }
+            row.draft = draft.data();
+            row.draft_size = static_cast<int64_t>(draft.size());
+            row.step += row.draft_size;
+            if (mask) {
+                if (static_cast<int64_t>(mask->size()) != (vocab + 31) / 32) {
+                    throw std::invalid_argument("a mask of " + std::to_string(mask->size()) + " words for " +
+                                                std::to_string(vocab) + " logits");
+                }
+                row.mask = reinterpret_cast<const uint32_t*>(mask->data());
+            }
+            if (changed) {
+                if (static_cast<int64_t>(changed->size()) != vocab) {
+                    throw std::invalid_argument("changed logits of another length");
+                }
+                row.changed = changed->data();
+            }
+        }
+        state->results.resize(static_cast<size_t>(count));
+        state->top.resize(static_cast<size_t>(count) * most);
+        {
+            nb::gil_scoped_release release;
+            state->sampler.sample(rows, vocab, state->results.data(), state->top.data(), static_cast<int64_t>(most));
+        }
+        nb::object failed = nb::none();
+        nb::list tokens, logprobs;
+        // A row that came broken goes before one that its request broke.
+        for (const bool raw : {true, false}) {
+            for (int64_t i = 0; i < count && failed.is_none(); ++i) {
+                const SampleResult& result = state->results[i];
+                if (result.status == SampleStatus::kDone) continue;
+                if (raw == (result.status == SampleStatus::kBrokenLogits)) {
+                    failed = nb::make_tuple(i, static_cast<int>(result.status), result.peak);
+                }
+            }
+        }
+        for (int64_t i = 0; i < count && failed.is_none(); ++i) {
+            const SampleResult& result = state->results[i];
+            tokens.append(result.token);
+            const int64_t wanted = rows[i].request->params().logprobs;
+            if (wanted >= 0) logprobs.append(nb::make_tuple(i, entry(*state, result, i * most, wanted, vocab)));
+        }
+        return nb::make_tuple(tokens, logprobs, failed);
+    }
+
+    nb::list logprobs(Logits logits, Indices tokens, int64_t count) {
+        const std::shared_ptr<State> state = get();
+        std::unique_lock<std::mutex> lock(state->sampling, std::try_to_lock);
+        if (!lock.owns_lock()) throw std::invalid_argument("the executor is sampling already");
+        const auto rows = static_cast<int64_t>(logits.shape(0)), vocab = static_cast<int64_t>(logits.shape(1));
+        check_logits(logits, static_cast<int64_t>(tokens.size()));
+        if (count < 0 || count > vocab) throw std::invalid_argument("count must be 0 to the length of a row");
+        for (int64_t i = 0; i < rows; ++i) {
+            const int32_t token = tokens.data()[i];
+            if (token < 0 || token >= vocab) throw std::invalid_argument("a token is outside of the vocabulary");
+        }
+        state->results.resize(static_cast<size_t>(rows));
+        state->top.resize(static_cast<size_t>(rows * count));
+        {
+            nb::gil_scoped_release release;
+            state->sampler.logprobs(logits.data(), logits.stride(0), rows, vocab, tokens.data(), count,
+                                    state->results.data(), state->top.data());
+        }
+        nb::list entries;
+        for (int64_t i = 0; i < rows; ++i) {
+            const SampleResult& result = state->results[i];
+            if (result.status != SampleStatus::kDone) {
+                throw std::runtime_error("logits of row " + std::to_string(i) + " have a maximum that is not finite");
+            }
+            entries.append(entry(*state, result, i * count, count, vocab));
+        }
+        return entries;
+    }
+
     void close() { state_.reset(); }
 
 private:
     static nb::capsule keep(const std::shared_ptr<Mapping>& mapping) {
         return nb::capsule(new std::shared_ptr<Mapping>(mapping),
                            [](void* p) noexcept { delete static_cast<std::shared_ptr<Mapping>*>(p); });
+    }
+
+    static void check_logits(const Logits& logits, int64_t rows) {
+        if (static_cast<int64_t>(logits.shape(0)) != rows || (logits.shape(1) > 1 && logits.stride(1) != 1)) {
+            throw std::invalid_argument("logits must be rows of neighbouring numbers, one for each request");
+        }
+    }
+
+    // (logprob, rank, ids of the likeliest, their logprobs)
+    static nb::tuple entry(const State& state, const SampleResult& result, size_t first, int64_t count, int64_t vocab) {
+        nb::list ids, values;
+        for (int64_t i = 0; i < std::min(count, vocab); ++i) {
+            ids.append(state.top[first + i].token);
+            values.append(state.top[first + i].logprob);
+        }
+        return nb::make_tuple(result.logprob, result.rank, ids, values);
     }
 
     const std::shared_ptr<State>& get() {
@@ -205,6 +385,14 @@ NB_MODULE(_native, m) {
           "Bytes/s of reads from DRAM and each cache, operations/s per precision; the best of several tries.");
     m.def("cache_bytes", &cache_bytes, "kv_heads"_a, "head_dim"_a, "block_size"_a, "num_blocks"_a, "format"_a,
           "Size of the KV cache of one layer; format 0 is f32, 1 is bf16, 2 is int8.");
+    m.def("philox", &philox, "key"_a, "counter"_a, "The 64 random bits of numpy.random.Philox(key=, counter=).");
+    nb::class_<PySampleRequest>(m, "SampleRequest", "What a request wants of each of its tokens, made ready once.")
+        .def(nb::init<nb::object, double, int64_t, double, double, double, double, double, double, uint64_t, int64_t,
+                      int64_t, std::vector<int32_t>, std::vector<int32_t>, std::optional<std::vector<int32_t>>,
+                      const std::vector<std::pair<int32_t, double>>&, std::vector<std::vector<int32_t>>>(),
+             nb::kw_only(), "output"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "typical_p"_a,
+             "repetition_penalty"_a, "presence_penalty"_a, "frequency_penalty"_a, "seed"_a, "min_tokens"_a,
+             "logprobs"_a, "prompt"_a, "stop_ids"_a, "allowed_ids"_a.none(), "biases"_a, "bad_words"_a);
     nb::class_<PyExecutor>(m, "Executor", "A flat list of kernel calls and the threads that walk it.")
         .def(nb::init<const std::string&, int, int64_t>(), "isa"_a, "threads"_a, "arena_bytes"_a)
         .def("add_constant", &PyExecutor::add_constant, "data"_a.noconvert(),
@@ -220,6 +408,10 @@ NB_MODULE(_native, m) {
              "Like run for the calls [first, last) alone, on what earlier runs left in the arena.")
         .def("cache", &PyExecutor::cache, "index"_a, "The bytes of a KV cache, a writable view. Not while a step runs.")
         .def("arena", &PyExecutor::arena, "offset"_a, "rows"_a, "cols"_a, "ld"_a, "A float32 view of the arena.")
+        .def("sample", &PyExecutor::sample, "logits"_a.noconvert(), "requests"_a, "extras"_a,
+             "A token per row, logprobs of the rows that want them, and (row, reason, peak) if one is broken.")
+        .def("logprobs", &PyExecutor::logprobs, "logits"_a.noconvert(), "tokens"_a.noconvert(), "count"_a,
+             "Per row (logprob, rank, top ids, top logprobs) of a token and the likeliest.")
         .def("close", &PyExecutor::close,
              "Ends the threads and releases the memory, after the step that runs if one does. Idempotent.");
 }

@@ -20,13 +20,24 @@ if TYPE_CHECKING:
 class Answer:
     """One of the n answers to a prompt while it grows: tokens to text, stop strings."""
 
-    __slots__ = ("_detokenizer", "_stops", "_tokenizer", "completion", "delta", "output", "params", "sequence_id")
+    __slots__ = (
+        "_detokenizer",
+        "_stops",
+        "_tokenizer",
+        "asked",
+        "completion",
+        "delta",
+        "output",
+        "params",
+        "sequence_id",
+    )
 
     def __init__(
         self,
         sequence_id: str,
         output: RequestOutput,
         completion: CompletionOutput,
+        asked: SamplingParams,
         params: SamplingParams,
         tokenizer: Tokenizer | None,
         detokenizer: Detokenizer | None,
@@ -38,6 +49,7 @@ class Answer:
         completion.token_ids = []
         completion.logprobs = None if params.logprobs is None else []
         completion.cumulative_logprob = None if params.logprobs is None else 0.0
+        self.asked = asked  # of all answers together
         self.params = params
         self._tokenizer = tokenizer
         self._detokenizer = detokenizer
@@ -124,29 +136,37 @@ def merged(old: CompletionOutput, new: CompletionOutput) -> CompletionOutput:
 
 
 def answers_for(
-    request_id: str, given: EncodedPrompt, params: SamplingParams, tokenizer: Tokenizer | None
+    request_id: str, given: EncodedPrompt, params: SamplingParams, tokenizer: Tokenizer | None, vocab_size: int
 ) -> list[Answer]:
-    """The n answers to a prompt, with the output that they fill in common.
+    """The answers to a prompt, ``best_of`` or else n, with the output that they fill in common.
 
     Raises:
-        RequestError: stop strings without a tokenizer.
+        RequestError: stop strings or bad words without a tokenizer, token ids outside the vocabulary.
     """
     from .engine.request import derive_seed
     from .text.detokenize import StopStrings
 
     if params.stop and tokenizer is None:
         raise RequestError("stop strings need a tokenizer, and the checkpoint has none", "use stop_token_ids")
-    output = RequestOutput(request_id, given.text, given.token_ids, [CompletionOutput(i) for i in range(params.n)])
+    if params.prompt_logprobs is not None:
+        raise RequestError("prompt_logprobs is not supported yet", "leave it out")
+    params = _with_token_ids(params, tokenizer, vocab_size)
+    count = params.best_of or params.n
+    asked = params
+    if count > params.n and params.logprobs is None:  # what the best are found by
+        params = replace(params, logprobs=0)
+    output = RequestOutput(request_id, given.text, given.token_ids, [CompletionOutput(i) for i in range(count)])
     answers = []
     for i, completion in enumerate(output.outputs):
-        one = params if params.n == 1 else replace(params, n=1)
+        one = params if count == 1 else replace(params, n=1, best_of=None)
         if i and params.seed is not None:
             one = replace(one, seed=derive_seed(params.seed, i))
         answers.append(
             Answer(
-                request_id if params.n == 1 else f"{request_id}.{i}",
+                request_id if count == 1 else f"{request_id}.{i}",
                 output,
                 completion,
+                asked,
                 one,
                 tokenizer,
                 None
@@ -156,6 +176,53 @@ def answers_for(
             )
         )
     return answers
+
+
+def settle(answer: Answer) -> None:
+    """See whether all answers are finished; of ``best_of``, keep the n likeliest then."""
+    output, asked = answer.output, answer.asked
+    output.finished = all(completion.finished for completion in output.outputs)
+    if output.finished and len(output.outputs) > asked.n:
+        likeliest = sorted(output.outputs, key=lambda o: -(o.cumulative_logprob or 0.0))
+        output.outputs = likeliest[: asked.n]
+        for index, completion in enumerate(output.outputs):
+            completion.index = index
+            if asked.logprobs is None:
+                completion.logprobs = completion.cumulative_logprob = None
+
+
+def _with_token_ids(params: SamplingParams, tokenizer: Tokenizer | None, vocab_size: int) -> SamplingParams:
+    """The parameters with ``bad_words`` as token ids, after a check of all ids that samplers look at."""
+    words: list[tuple[int, ...]] = []
+    for word in params.bad_words:
+        if isinstance(word, str):
+            # An id that is beyond the logits is never sampled, nor is a word that has it.
+            words += [ids for ids in _spellings(word, tokenizer) if max(ids) < vocab_size and ids not in words]
+        else:
+            words.append(tuple(word))
+    named = {
+        "logit_bias": params.logit_bias or (),
+        "allowed_token_ids": params.allowed_token_ids or (),
+        "bad_words": [token for ids in words for token in ids],
+    }
+    for name, ids in named.items():
+        if (largest := max(ids, default=0)) >= vocab_size:
+            raise RequestError(
+                f"{name} names token id {largest}, the vocabulary has {vocab_size} tokens",
+                f"give ids from 0 to {vocab_size - 1}",
+            )
+    return replace(params, bad_words=words) if params.bad_words else params
+
+
+def _spellings(word: str, tokenizer: Tokenizer | None) -> list[tuple[int, ...]]:
+    """The tokens of a bad word at the start of a text, and after a space."""
+    if tokenizer is None:
+        raise RequestError("bad_words need a tokenizer, and the checkpoint has none", "give them as token ids")
+    bare = word.lstrip(" ")
+    spellings = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in (bare, " " + bare)]
+    if not all(spellings):
+        raise RequestError(f"the bad word {word!r} has no tokens", "remove it")
+    return spellings
 
 
 def add_to(

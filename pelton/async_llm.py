@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .answers import Answer, add_to, answers_for, grammar_compiler, merged
+from .answers import Answer, add_to, answers_for, grammar_compiler, merged, settle
 from .config import EngineConfig, SamplingParams
 from .errors import PeltonError, RequestError
 from .outputs import CompletionOutput, RequestOutput
@@ -113,6 +113,8 @@ class AsyncLLM:
             RequestError: the request is invalid. Nothing has run then.
             PeltonError: the step that was to answer failed.
         """
+        if sampling_params is not None and sampling_params.best_of not in (None, sampling_params.n):
+            raise RequestError("best_of cannot be streamed: the best are known at the end", "use n, or generate()")
         grammar = await self._grammar(sampling_params)
         async with contextlib.aclosing(self._open(prompt, sampling_params, grammar, **options)) as stream:
             async for output in stream:
@@ -178,7 +180,8 @@ class AsyncLLM:
         elif self._loop is not loop:
             raise RequestError("this AsyncLLM belongs to another event loop", "create one per loop")
         given = prompt if isinstance(prompt, EncodedPrompt) else encode(self._parts.tokenizer, prompt)
-        answers = answers_for(str(next(self._ids)), given, sampling_params or SamplingParams(), self._parts.tokenizer)
+        params, parts = sampling_params or SamplingParams(), self._parts
+        answers = answers_for(str(next(self._ids)), given, params, parts.tokenizer, parts.vocab_size)
         stream = _Stream(self, answers)
         arrival = self._now()
         deadline = None if timeout is None else arrival + timeout
@@ -260,7 +263,7 @@ class _Stream:
         self._ready = asyncio.Event()
 
     def put(self, answer: Answer) -> None:
-        self.output.finished = all(completion.finished for completion in self.output.outputs)
+        settle(answer)
         new = answer.delta
         old = self._pieces.pop(new.index, None)  # to the end: what came last is read last
         self._pieces[new.index] = new if old is None else merged(old, new)

@@ -254,8 +254,6 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
 
 
 def _build(config: EngineConfig, progress: Progress | None) -> Built:
-    from .engine.sampling import HostSampler
-
     planned = plan(config)
     planned.check_memory()
     for note in planned.notes:
@@ -266,6 +264,7 @@ def _build(config: EngineConfig, progress: Progress | None) -> Built:
     executor: Executor
     if config.device == "reference":
         from .backends.reference.executor import ReferenceExecutor
+        from .engine.sampling import HostSampler
 
         executor = ReferenceExecutor(planned.graph, read, planned.kv_spec, HostSampler())
     else:
@@ -281,7 +280,7 @@ def _build(config: EngineConfig, progress: Progress | None) -> Built:
                 progress(done, total)
 
         executor = CpuExecutor(
-            planned.program, read, planned.kv_spec, HostSampler(), isa=planned.isa, threads=planned.threads,
+            planned.program, read, planned.kv_spec, isa=planned.isa, threads=planned.threads,
             activations=config.activations,
             content_key=content_hash(checkpoint.files) if config.packed_cache else None, on_packed=on_packed,
         )  # fmt: skip

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeAlias
 
 from .errors import RequestError
+
+#: (prompt token ids, output token ids, logits float32 [vocab]) -> logits float32 [vocab], the same array or another.
+LogitsProcessor: TypeAlias = Callable[[list[int], list[int], Any], Any]
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,19 @@ class SamplingParams:
     """
 
     n: int = 1  # answers per prompt
+    best_of: int | None = None  # answers generated, of which the n likeliest are returned; None: n
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0 or -1: off
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0  # the tokens of most typical surprise that together have this probability
     repetition_penalty: float = 1.0  # > 1 discourages tokens of prompt and output
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)  # token id -> what is added to its logit
+    bad_words: Sequence[str | Sequence[int]] = ()  # texts, or token ids, that the answer never contains
+    allowed_token_ids: Sequence[int] | None = None  # all others are forbidden; None: off
+    logits_processors: Sequence[LogitsProcessor] = ()  # change a row of logits; Python's time, every token
     seed: int | None = None
     max_tokens: int | None = 256  # None: until the context is full
     min_tokens: int = 0
@@ -66,11 +75,12 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None  # top log-probabilities per output token, besides the sampled one
+    prompt_logprobs: int | None = None  # the same per prompt token
     skip_special_tokens: bool = True
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
-        for name in ("stop", "stop_token_ids"):
+        for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids", "logits_processors"):
             if not isinstance(getattr(self, name) or (), (str, Sequence, set, frozenset)):
                 raise RequestError(f"{name} is {getattr(self, name)!r}", "give a list")
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
@@ -88,12 +98,16 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logits_processors", tuple(self.logits_processors or ()))
+        self._check_tokens()
         for name, low, high in (
             ("n", 1, 128),
+            ("best_of", 1, 128),
             ("temperature", 0.0, 100.0),
             ("top_k", -1, math.inf),
             ("top_p", math.ulp(0.0), 1.0),
             ("min_p", 0.0, 1.0),
+            ("typical_p", math.ulp(0.0), 1.0),
             ("repetition_penalty", 0.01, 100.0),
             ("presence_penalty", -2.0, 2.0),
             ("frequency_penalty", -2.0, 2.0),
@@ -101,9 +115,10 @@ class SamplingParams:
             ("max_tokens", 1, math.inf),
             ("min_tokens", 0, math.inf),
             ("logprobs", 0, 20),
+            ("prompt_logprobs", 0, 20),
         ):
             value = getattr(self, name)
-            if value is None and name in ("seed", "max_tokens", "logprobs"):
+            if value is None and name in ("best_of", "seed", "max_tokens", "logprobs", "prompt_logprobs"):
                 continue
             kind = float if isinstance(low, float) else int
             if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
@@ -112,10 +127,46 @@ class SamplingParams:
                 raise RequestError(f"{name} is {value}", f"choose a value from {_bound(low)} to {_bound(high)}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}", "lower min_tokens")
+        if self.best_of is not None and self.best_of < self.n:
+            raise RequestError(f"best_of {self.best_of} is less than n {self.n}", "raise it to n or more")
         if any(not isinstance(s, str) or not s for s in stop):
             raise RequestError("a stop string is empty or no string", "remove it")
-        if any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in self.stop_token_ids):
-            raise RequestError("stop_token_ids holds something that is no token id", "give integers from 0")
+        if any(not callable(p) for p in self.logits_processors):
+            raise RequestError("logits_processors holds something that cannot be called", "give functions")
+
+    def _check_tokens(self) -> None:
+        """What names tokens: plain tuples and dicts from here on, with ids from 0."""
+        given: tuple[Any, ...] = (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words or ())
+        words = tuple(tuple(w) if isinstance(w, Sequence) and not isinstance(w, str) else w for w in given)
+        object.__setattr__(self, "bad_words", words)
+        if any(not isinstance(w, (str, tuple)) or not w for w in words):
+            raise RequestError("bad_words holds something that is empty or no text", "give texts or lists of token ids")
+        for word in words:
+            if not isinstance(word, str):
+                _check_ids("bad_words", word)
+        _check_ids("stop_token_ids", self.stop_token_ids)
+        if self.allowed_token_ids is not None:
+            allowed = tuple(self.allowed_token_ids)
+            object.__setattr__(self, "allowed_token_ids", allowed)
+            _check_ids("allowed_token_ids", allowed)
+            if not allowed:
+                raise RequestError("allowed_token_ids is empty", "give at least one id, or leave it out")
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise RequestError(f"logit_bias is {self.logit_bias!r}", "give {token id: bias}")
+            # JSON has no keys but texts.
+            asked: Mapping[Any, Any] = self.logit_bias
+            bias = {int(t) if isinstance(t, str) and t.isdecimal() else t: b for t, b in asked.items()}
+            object.__setattr__(self, "logit_bias", bias)
+            _check_ids("logit_bias", bias)
+            for token, value in bias.items():
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not -100 <= value <= 100:
+                    raise RequestError(f"logit_bias of token {token} is {value!r}", "choose a value from -100 to 100")
+
+
+def _check_ids(name: str, ids: Iterable[object]) -> None:
+    if any(isinstance(t, bool) or not isinstance(t, int) or t < 0 for t in ids):
+        raise RequestError(f"{name} holds something that is no token id", "give integers from 0")
 
 
 def _bound(value: float) -> str:

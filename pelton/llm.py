@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, overload
 
-from .answers import Answer, add_to, answers_for, grammar_compiler
+from .answers import Answer, add_to, answers_for, grammar_compiler, settle
 from .config import EngineConfig, SamplingParams
 from .errors import RequestError
 from .metrics import throughput
@@ -339,7 +339,9 @@ class LLM:
 
     def _add(self, run: _Run, index: int, given: EncodedPrompt, params: SamplingParams) -> None:
         """Queue the n sequences of a prompt."""
-        answers = answers_for(str(next(self._ids)), given, params, self._parts.tokenizer)
+        if run.stream and params.best_of not in (None, params.n):
+            raise RequestError("best_of cannot be streamed: the best are known at the end", "use n, or do not stream")
+        answers = answers_for(str(next(self._ids)), given, params, self._parts.tokenizer, self._parts.vocab_size)
         add_to(self._engine, answers, given, self._grammar(params))
         for answer in answers:
             self._answers[answer.sequence_id] = (run, index, answer)
@@ -417,7 +419,7 @@ class _Run:
     def publish(self, index: int, answer: Answer) -> None:
         """Hand out what is new, or the whole output once all n answers are finished."""
         output = answer.output
-        output.finished = all(completion.finished for completion in output.outputs)
+        settle(answer)
         if self.stream:
             self.ready.append((index, replace(output, outputs=[answer.delta])))
         elif output.finished:

@@ -103,6 +103,19 @@ def test_as_n_answers_to_one_prompt(caching):
     assert stats.prompt_tokens - stats.cached_tokens == len(output.prompt_token_ids) + 2  # the last token of each
 
 
+def test_best_of_keeps_the_likeliest():
+    sampled = {"temperature": 1.0, "seed": 3, "max_tokens": 12, "ignore_eos": True}
+    with LLM(max_model_len=512) as llm:
+        (four,) = llm.generate(PROMPTS[0], SamplingParams(n=4, logprobs=0, **sampled))
+        (best,) = llm.generate(PROMPTS[0], SamplingParams(n=2, best_of=4, **sampled))
+        with pytest.raises(PeltonError, match="best_of cannot be streamed"):
+            next(llm.stream(PROMPTS[0], SamplingParams(n=2, best_of=4)))
+    ranked = sorted(four.outputs, key=lambda o: -o.cumulative_logprob)
+    assert [o.token_ids for o in best.outputs] == [o.token_ids for o in ranked[:2]]
+    assert [(o.index, o.logprobs, o.cumulative_logprob) for o in best.outputs] == [(0, None, None), (1, None, None)]
+    assert ranked[0].cumulative_logprob > ranked[-1].cumulative_logprob
+
+
 def test_in_an_event_loop_with_clients_that_come_and_go():
     async def main() -> list[list[int]]:
         async with AsyncLLM(max_model_len=512) as llm:

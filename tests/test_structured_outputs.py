@@ -107,7 +107,7 @@ def test_with_speculation_and_preemption():
         got = [o.outputs[0].token_ids for o in llm.chat([ASK] * 4, params(json=PERSON, seed=5))]
         stats = llm.get_stats()
     assert got == expected
-    assert stats.preemptions > 0 and stats.draft_tokens > 0
+    assert stats.preemptions > 0 and stats.accepted_tokens > 0
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,6 @@ def test_with_speculation_and_preemption():
         ({"regex": "(["}, "the regex of structured_outputs cannot be used"),
         ({"regex": r"[^\s\S]"}, "cannot be used"),
         ({"grammar": "start: nothing"}, "the grammar of structured_outputs cannot be used"),
-        ({"json": {"enum": [f"value number {i}" for i in range(40_000)]}}, "cannot be used"),
         ({"json": {"enum": ["x" * 100] * 20_000}}, "more than 1,048,576"),
     ],
     ids=lambda value: str(value)[:40],

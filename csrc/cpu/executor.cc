@@ -291,6 +291,18 @@ double Executor::run_calls(const int64_t dims[3], const std::vector<StepInput>& 
     return run_range(dims, inputs, nullptr, first, last);
 }
 
+void Executor::run_on_threads(const std::function<void(int)>& body, bool alone) {
+    pool_.require_own_process();
+    std::unique_lock<std::mutex> lock(running_, std::try_to_lock);
+    if (!lock.owns_lock()) throw std::invalid_argument("the executor is running a step already");
+    if (alone) {
+        DefaultFloatMode mode;
+        body(0);
+    } else {
+        pool_.run(body);
+    }
+}
+
 // A negative `last` means the end.
 double Executor::run_range(const int64_t dims[3], const std::vector<StepInput>& inputs, std::vector<double>* per_call,
                            int64_t first, int64_t last) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -55,6 +56,11 @@ public:
     double run_calls(const int64_t dims[3], const std::vector<StepInput>& inputs, int64_t first, int64_t last);
     std::shared_ptr<Mapping> arena() const { return arena_; }
     std::shared_ptr<Mapping> cache(int64_t index) const;  // throws std::invalid_argument if there is no such one
+
+    const std::string& isa() const { return isa_; }
+    int threads() const { return pool_.size(); }
+    // Runs `body(thread)` on all threads between two steps, or on the caller's alone. It must not throw.
+    void run_on_threads(const std::function<void(int)>& body, bool alone = false);
 
 private:
     struct InputOperand {

@@ -12,6 +12,7 @@
     extern const Kernel norm_kernels[];        \
     extern const Kernel elementwise_kernels[]; \
     extern const Kernel rope_kernels[];        \
+    extern const SampleKernels sample_kernels; \
     }
 #define PELTON_DECLARE_SPECIAL(isa)          \
     namespace pelton::cpu::isa {             \
@@ -41,6 +42,7 @@ struct Tier {
     std::vector<const char*> features;
     std::vector<const Kernel*> tables;
     const PeakKernels* peaks;
+    const SampleKernels* sample = nullptr;  // those of the tier before
 };
 
 #define PELTON_SPECIAL(isa) isa::linear_kernels, isa::attention_kernels
@@ -50,10 +52,14 @@ struct Tier {
 // Each tier includes the ones before it.
 const std::vector<Tier>& tiers() {
     static const std::vector<Tier> all = {
-        {"generic", {}, {PELTON_ALL(generic)}, &generic::peak_kernels},
+        {"generic", {}, {PELTON_ALL(generic)}, &generic::peak_kernels, &generic::sample_kernels},
 #if defined(__x86_64__)
-        {"avx2", {"avx2", "fma", "f16c"}, {PELTON_ALL(avx2)}, &avx2::peak_kernels},
-        {"avx512", {"avx512f", "avx512bw", "avx512vl", "avx512dq"}, {PELTON_ALL(avx512)}, &avx512::peak_kernels},
+        {"avx2", {"avx2", "fma", "f16c"}, {PELTON_ALL(avx2)}, &avx2::peak_kernels, &avx2::sample_kernels},
+        {"avx512",
+         {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+         {PELTON_ALL(avx512)},
+         &avx512::peak_kernels,
+         &avx512::sample_kernels},
         {"avx512_bf16", {"avx512_bf16", "avx512_vnni"}, {PELTON_SPECIAL(avx512_bf16)}, &avx512_bf16::peak_kernels},
 #if defined(PELTON_HAS_AMX)
         {"amx", {"amx_tile", "amx_bf16", "amx_int8"}, {PELTON_SPECIAL(amx)}, &amx::peak_kernels},
@@ -114,5 +120,11 @@ std::vector<std::string> kernel_names() {
 }
 
 const PeakKernels& peak_kernels(const std::string& isa) { return *tiers()[index_of(isa)].peaks; }
+
+const SampleKernels& sample_kernels(const std::string& isa) {
+    size_t i = index_of(isa);
+    while (!tiers()[i].sample) --i;
+    return *tiers()[i].sample;
+}
 
 }  // namespace pelton::cpu

@@ -6,6 +6,7 @@
 
 #include "cpu/kernel.h"
 #include "cpu/ops/peak/contract.h"
+#include "cpu/ops/sample/contract.h"
 
 namespace pelton::cpu {
 
@@ -18,5 +19,6 @@ void require_isa(const std::string& isa);
 const Kernel* find_kernel(const std::string& isa, const std::string& name, std::string* tier = nullptr);
 std::vector<std::string> kernel_names();
 const PeakKernels& peak_kernels(const std::string& isa);
+const SampleKernels& sample_kernels(const std::string& isa);  // of the tier or a lower one
 
 }  // namespace pelton::cpu

@@ -154,6 +154,41 @@ class Sampler(Protocol):
         ...
 
 
+#: Longest row of logits that is sampled: the sum of that many weights of 2**42 stays within 64 bits.
+MAX_VOCAB = 1 << 20
+
+
+class SamplingError(RuntimeError):
+    """A row of logits from which no token can be chosen; ``row`` is its index, no row was sampled.
+
+    The model, a kernel or a logits processor is broken, or mask and allowed_token_ids have no token in common.
+    """
+
+    def __init__(self, row: int, rows: int, spec: SampleSpec, reason: str) -> None:
+        super().__init__(
+            f"logits of request row {row} of {rows} (seed {spec.seed},"
+            f" {len(spec.output_token_ids)} output tokens) have {reason}"
+        )
+        self.row = row
+
+
+def processed_row(row: npt.NDArray[np.float32], spec: SampleSpec, draft: Sequence[int] = ()) -> npt.NDArray[np.float32]:
+    """A copy of a row of logits after the request's ``logits_processors``, contiguous.
+
+    Raises:
+        TypeError: a processor returned something other than float32 of the row's shape.
+    """
+    # Copies, so that a processor changes nothing but what it returns.
+    result = np.array(row)
+    for processor in spec.params.logits_processors:
+        changed = processor(list(spec.prompt_token_ids), [*spec.output_token_ids, *draft], result)
+        if not isinstance(changed, np.ndarray) or changed.shape != row.shape or changed.dtype != np.float32:
+            got = f"{changed.dtype} {changed.shape}" if isinstance(changed, np.ndarray) else type(changed).__name__
+            raise TypeError(f"a logits processor returned {got}, not float32 {row.shape}")
+        result = changed
+    return np.ascontiguousarray(result)
+
+
 class Executor(Protocol):
     """Runs steps in the order of submission. At most one caller thread."""
 

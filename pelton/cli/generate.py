@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..prompts import Prompt
 
 PROMPT_KEYS = ("prompt", "messages", "prompt_token_ids")
-SAMPLING_KEYS = tuple(f.name for f in fields(SamplingParams))
+SAMPLING_KEYS = tuple(f.name for f in fields(SamplingParams) if f.name != "logits_processors")  # functions
 
 
 @click.command(short_help="Answer a file of prompts, resumable.")
@@ -42,6 +42,8 @@ SAMPLING_KEYS = tuple(f.name for f in fields(SamplingParams))
 @click.option("--temperature", type=float, help="For lines without their own; 0 is greedy.")
 @click.option("--top-p", type=float, help="For lines without their own.")
 @click.option("--top-k", type=int, help="For lines without their own.")
+@click.option("--min-p", type=float, help="For lines without their own.")
+@click.option("--typical-p", type=float, help="For lines without their own.")
 @click.option("--max-tokens", type=int, help="For lines without their own.")
 @click.option("--seed", type=int, default=0, help="Each line's seed comes from it, unless it has its own.")
 @options.max_num_seqs

@@ -31,8 +31,8 @@ HELP = """\
 /stats             statistics after each answer on or off
 /exit              leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
-# What /set may change: n answers at once make no conversation.
-SETTABLE = tuple(f.name for f in fields(SamplingParams) if f.name != "n")
+# What /set may change: n answers at once make no conversation, and functions cannot be typed.
+SETTABLE = tuple(f.name for f in fields(SamplingParams) if f.name not in ("n", "best_of", "logits_processors"))
 
 
 @click.command(short_help="Chat in the terminal, or answer once.")
@@ -46,7 +46,13 @@ SETTABLE = tuple(f.name for f in fields(SamplingParams) if f.name != "n")
 )
 @click.option("--top-k", type=int, default=0, help="Keep this many tokens; 0: all.")
 @click.option("--min-p", type=float, default=0.0, help="Keep tokens at least this likely, relative to the likeliest.")
+@click.option(
+    "--typical-p", type=float, default=1.0, help="Keep the most typical tokens that together have this probability."
+)
 @click.option("--repetition-penalty", type=float, default=1.0, help="Above 1 discourages repetition.")
+@click.option("--presence-penalty", type=float, default=0.0, help="Above 0 discourages tokens of the answer.")
+@click.option("--frequency-penalty", type=float, default=0.0, help="The same, per time that they occurred.")
+@click.option("--bad-words", multiple=True, metavar="TEXT", help="Text the answer must not have; may be repeated.")
 @click.option("--max-tokens", type=int, default=1024, help="Longest answer, in tokens.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends the answer; may be repeated.")
 @click.option("--seed", type=int, help="Same seed, same answer.")

@@ -46,27 +46,29 @@ class Grammar:
     def prepare(self) -> None:
         """Start computing the mask of the next token; the model may run meanwhile."""
         if self._coming is None and self.error is None:
-            self._coming = self._threads.submit(self._fill)
+            self._coming = self._threads.submit(self._fill, self._words)
 
     def mask(self, draft: Sequence[int] = ()) -> Mask | None:
         """Which tokens may follow, after those of a draft; bit i % 32 of word i / 32. None if there was an error."""
+        words = self._words
         if self._coming is not None:
             self._coming.result()
             self._coming = None
             if not draft:
-                return None if self.error else self._words
+                return None if self.error else words
         if self.error is None and draft:
+            words = np.zeros_like(words)  # the sampler wants the masks of several positions at once
             taken = self._matcher.try_consume_tokens(list(draft))
-            self._fill()
+            self._fill(words)
             self._matcher.rollback(taken)
             if taken < len(draft):
                 raise ValueError("a draft that the grammar does not allow")
         elif self.error is None:
-            self._fill()
-        return None if self.error else self._words
+            self._fill(words)
+        return None if self.error else words
 
-    def _fill(self) -> None:
-        self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
+    def _fill(self, words: Mask) -> None:
+        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
         self._look()
 
     def accept(self, token_id: int) -> None:

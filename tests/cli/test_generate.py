@@ -66,6 +66,13 @@ def test_a_line_overrides_the_options(pelton, built, files):
     assert all(spec.params.temperature == 0 for spec in built.parts.specs)
 
 
+def test_a_line_may_have_any_sampling_parameter(pelton, built, files):
+    write(files[0], {"prompt": "a", "logit_bias": {"7": 2}, "allowed_token_ids": [7, 8], "bad_words": ["b"]})
+    pelton("generate", "-i", files[0], "-o", files[1], "--min-p", "0.1", "--typical-p", "0.9")
+    params = built.parts.specs[0].params
+    assert (params.logit_bias, params.allowed_token_ids, params.min_p, params.typical_p) == ({7: 2}, (7, 8), 0.1, 0.9)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -78,6 +85,8 @@ def test_a_line_overrides_the_options(pelton, built, files):
         ('{"messages": ["hi"]}', "line 2: messages is no conversation"),
         ('{"prompt_token_ids": [1.5]}', "line 2: prompt_token_ids is no list of token ids"),
         ('{"prompt": "a", "top_p": 7}', "line 2: top_p is 7; choose a value"),
+        ('{"prompt": "a", "logit_bias": {"7": 101}}', "line 2: logit_bias of token 7 is 101; choose a value"),
+        ('{"prompt": "a", "logits_processors": []}', "line 2: unknown field 'logits_processors'"),
         ('{"prompt": "a", "stop": 7}', "line 2: stop is 7; give a list"),
         ('{"prompt": "a", "id": 0}', "line 2: id 0 is that of line 1; make ids unique"),
         ('{"prompt": "a", "id": [0]}', "line 2: id is neither text nor integer"),

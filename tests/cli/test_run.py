@@ -54,6 +54,14 @@ def test_sampling_options_reach_the_request(pelton, built):
     assert params.stop == ("END",)
 
 
+def test_penalties_and_bad_words_reach_the_request(pelton, built):
+    options = ["--typical-p", "0.5", "--presence-penalty", "1", "--frequency-penalty", "0.25"]
+    pelton("run", "-p", "x", *options, "--bad-words", "no", "--bad-words", "never")
+    params = built.parts.specs[0].params
+    assert (params.typical_p, params.presence_penalty, params.frequency_penalty) == (0.5, 1.0, 0.25)
+    assert len(params.bad_words) == 4  # with and without a space before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,9 +1,13 @@
 """The native extension (csrc/bindings.cpp). Contracts of the kernels: csrc/cpu/ops/*/contract.h."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+#: (logprob, rank, ids of the likeliest, their logprobs)
+LogprobEntry: TypeAlias = tuple[float, int, list[int], list[float]]
 
 def supported_isas() -> list[str]: ...
 def memory_nodes() -> dict[int, list[int]]: ...
@@ -12,6 +16,30 @@ def kernels(isa: str) -> dict[str, str]: ...
 def has_int8_products(isa: str) -> bool: ...
 def measure_peaks(isa: str, threads: int, seconds: float = 0.2, names: list[str] = ...) -> dict[str, float]: ...
 def cache_bytes(kv_heads: int, head_dim: int, block_size: int, num_blocks: int, format: int) -> int: ...
+def philox(key: int, counter: int) -> int: ...
+
+class SampleRequest:
+    def __init__(
+        self,
+        *,
+        output: Sequence[int],
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        typical_p: float,
+        repetition_penalty: float,
+        presence_penalty: float,
+        frequency_penalty: float,
+        seed: int,
+        min_tokens: int,
+        logprobs: int,
+        prompt: list[int],
+        stop_ids: list[int],
+        allowed_ids: list[int] | None,
+        biases: list[tuple[int, float]],
+        bad_words: list[list[int]],
+    ) -> None: ...
 
 class Executor:
     def __init__(self, isa: str, threads: int, arena_bytes: int) -> None: ...
@@ -27,4 +55,13 @@ class Executor:
     ) -> float: ...
     def arena(self, offset: int, rows: int, cols: int, ld: int) -> npt.NDArray[np.float32]: ...
     def cache(self, index: int) -> npt.NDArray[np.uint8]: ...
+    def sample(
+        self,
+        logits: npt.NDArray[np.float32],
+        requests: list[SampleRequest],
+        extras: list[tuple[int, list[int], npt.NDArray[np.int32] | None, npt.NDArray[np.float32] | None]],
+    ) -> tuple[list[int], list[tuple[int, LogprobEntry]], tuple[int, int, float] | None]: ...
+    def logprobs(
+        self, logits: npt.NDArray[np.float32], tokens: npt.NDArray[np.int32], count: int
+    ) -> list[LogprobEntry]: ...
     def close(self) -> None: ...

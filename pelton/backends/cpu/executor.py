@@ -23,6 +23,7 @@ from . import packing
 from .calls import CACHE_FORMATS, native_calls
 from .costs import CallCost, call_costs
 from .packed_cache import open_or_pack
+from .sampler import NativeSampler
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -88,6 +89,7 @@ class CpuExecutor(HostExecutor):
     while packing. Activations are float32 between products. Next to quantized weights they become int8 with
     a scale per group where ``activations`` says so (see ``packing.int8_activations``) and the ISA has int8 products;
     next to other weights than float32 they are rounded to bf16 where the ISA has products of pairs.
+    sampler: None: the native one, on the executor's threads.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class CpuExecutor(HostExecutor):
         program: Program,
         read: Callable[[str], HostTensor],
         kv_spec: KVSpec,
-        sampler: Sampler,
+        sampler: Sampler | None = None,
         *,
         isa: str,
         threads: int,
@@ -107,11 +109,12 @@ class CpuExecutor(HostExecutor):
 
         # A step reads all matrices and vectors once, in the form they are packed in.
         read_once = sum(constant_bytes(c) for c in program.constants if c.packing in ("panels", "vector"))
+        self._native = _native.Executor(isa, threads, max(program.arena_bytes, 64))
+        sampler = sampler or NativeSampler(self._native)
         super().__init__(kv_spec, sampler, program.flops, {**program.bytes, "1": float(read_once)})
         self.program = program
         self._isa = isa
         self._publishing: threading.Thread | None = None
-        self._native = _native.Executor(isa, threads, max(program.arena_bytes, 64))
         for data in self._pack(read, content_key, on_packed):
             self._native.add_constant(data)
         self._caches: list[Bytes] = []  # [num_blocks, bytes of a block], all that the native side has
