@@ -9,6 +9,7 @@
 #include "cpu/executor.h"
 #include "cpu/ops/attention/contract.h"
 #include "cpu/registry.h"
+#include "cpu/sampling.h"
 
 using namespace pelton::cpu;
 
@@ -115,12 +116,48 @@ static void stress_attention(int threads, int steps) {
     }
 }
 
+// Rows on all threads, between steps: the tokens of one thread.
+static std::vector<int32_t> sampled(int threads, int steps) {
+    constexpr int64_t kVocab = 3000, kRows = 9;
+    Executor executor("generic", threads, 64);
+    Sampler sampler(executor);
+    std::vector<float> logits(kRows * kVocab);
+    for (size_t i = 0; i < logits.size(); ++i) logits[i] = static_cast<float>(i * 7919 % 2003) / 200.0f;
+    SampleParams params;
+    params.top_p = 0.9;
+    params.frequency_penalty = 0.5;
+    params.logprobs = 3;
+    SampleRequest request(params);
+    request.fit(kVocab);
+    std::vector<SampleResult> results(kRows);
+    std::vector<TopLogprob> top(3 * kRows);
+    std::vector<int32_t> tokens;
+    for (int step = 0; step < steps; ++step) {
+        std::vector<SampleRow> rows;
+        for (int64_t i = 0; i < kRows; ++i) {
+            rows.push_back({&request, &logits[static_cast<size_t>(i * kVocab)], nullptr, nullptr, nullptr, 0, step});
+        }
+        sampler.sample(rows, kVocab, results.data(), top.data(), 3);
+        for (const SampleResult& result : results) {
+            check(result.status == SampleStatus::kDone, "a token is sampled");
+            tokens.push_back(result.token);
+        }
+        request.append(tokens.back());
+    }
+    return tokens;
+}
+
+static void stress_sampling(int threads, int steps) {
+    check(sampled(1, steps) == sampled(threads, steps), "threads change no token");
+}
+
 int main() {
     for (int threads : {1, 2, 4}) {
         stress_barrier(threads, 200);
         stress_wake(threads, 200);
         stress_executor(threads, 50);
         stress_attention(threads, 20);
+        stress_sampling(threads, 20);
     }
     std::puts("ok");
     return 0;
