@@ -35,7 +35,7 @@ ALLOWED = {
     "build": {"backends", "checkpoint", "config", "engine", "errors", "graph", "ledger", "models", "nn", "passes",
               "program", "quantize", "text"},
     "llm": {"build", "config", "engine", "errors", "metrics", "outputs", "text"},
-    "bench": {"backends", "build", "config", "errors", "graph", "ledger", "nn", "program"},
+    "bench": {"backends", "build", "config", "engine", "errors", "graph", "ledger", "metrics", "nn", "program"},
     "cli": {"*"},
     "__init__": {"*"},
 }  # fmt: skip
