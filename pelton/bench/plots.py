@@ -22,7 +22,8 @@ _STYLE = {
     "axes.grid": True, "grid.color": _GRID, "axes.axisbelow": True, "axes.titlelocation": "left",
     "axes.titlesize": 11, "legend.frameon": False, "svg.fonttype": "none",
 }  # fmt: skip
-_BINS = 60
+#: Of a run over time, at most; fewer in short ones, so that a bin holds several steps.
+_BINS, _STEPS_PER_BIN = 60, 4
 
 
 def check(path: str | None) -> None:
@@ -42,14 +43,19 @@ def over_time(runs: Sequence[tuple[Variant, Replay]], title: str, subtitle: str,
     with _figure(title, subtitle, path, rows=3, height=7.4, ratios=(2.2, 1, 1)) as axes:
         rate, running, kv_use = axes
         for colour, (variant, run) in zip(_cycle(len(runs)), runs, strict=True):
-            rate.plot(*output_rate(run, _BINS), color=colour, label=variant.batching, linewidth=1.8)
-            times = [m.time - run.start for m in run.moments]
-            running.step(times, [m.num_running for m in run.moments], color=colour, linewidth=1.2, where="post")
-            kv_use.plot(times, [100 * m.kv_use for m in run.moments], color=colour, linewidth=1.2)
+            bins = min(_BINS, max(1, len(run.moments) // _STEPS_PER_BIN))
+            edges = [i * run.seconds / bins for i in range(bins + 1)]
+            rate.stairs(
+                output_rate(run, bins), edges, baseline=None, color=colour, label=variant.batching, linewidth=1.8
+            )
+            times = [0.0, *(m.time - run.start for m in run.moments)]
+            running.step(times, [0, *(m.num_running for m in run.moments)], color=colour, linewidth=1.2, where="pre")
+            kv_use.plot(times, [0.0, *(100 * m.kv_use for m in run.moments)], color=colour, linewidth=1.2)
         for axis, what in ((rate, "output tokens/s"), (running, "sequences running"), (kv_use, "KV cache in use, %")):
             axis.set_title(what)
             axis.set_ylim(bottom=0)
             axis.set_xlim(0, max(run.seconds for _, run in runs))
+        running.yaxis.get_major_locator().set_params(integer=True)
         if len(runs) > 1:
             rate.legend(loc="upper right", ncols=len(runs))
         kv_use.set_xlabel("seconds since the first request")
@@ -101,8 +107,8 @@ def latency(replays: Sequence[Replay], title: str, subtitle: str, path: str) -> 
                              label=f"p{p} {value:.1f} ms")  # fmt: skip
             bars.legend(loc="upper right")
         line.set_title("ITL, ms, by position in the output")
-        line.set_xlabel("output token")
-        bars.set_title("gaps per ITL")
+        line.set_xlabel("output token number")
+        bars.set_title("number of gaps")
         bars.set_xlabel("ITL, ms")
 
 

