@@ -37,9 +37,10 @@ def phases(done: Replay) -> Phases:
 def check_capacity(spec: KVSpec, batch_size: int, tokens: int) -> None:
     """Raises RequestError unless ``batch_size`` sequences of ``tokens`` fit into the KV cache together.
 
-    They would take turns otherwise, and that is not the latency of the batch.
+    They would take turns otherwise, and that is not the latency of the batch. The scheduler admits the last one
+    only if every other has a block left to grow into.
     """
-    need = batch_size * -(-tokens // spec.block_size)
+    need = batch_size * -(-tokens // spec.block_size) + batch_size - 1
     if need > spec.num_blocks:
         raise RequestError(
             f"the KV cache holds {spec.num_blocks * spec.block_size:,} tokens, {need * spec.block_size:,} are needed",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -53,7 +54,7 @@ def latency(
     \b
     Examples:
       pelton bench latency
-      pelton bench latency model.gguf --batch-size 1 --input-len 2048 --output-len 128
+      pelton bench latency model.gguf --input-len 2048 --output-len 128
       pelton bench latency org/name --batch-size 8 --json out.json --plot out.png
     """
     from ..bench import latency as bench
@@ -79,10 +80,12 @@ def latency(
     if engine["max_model_len"] is None:
         engine["max_model_len"] = input_len + output_len
     config = EngineConfig(model=model, max_num_seqs=batch_size, **engine)
+    # The KV cache is laid out for twice as many: no sequence waits because another may grow.
+    roomy = replace(config, max_num_seqs=max(batch_size, min(2 * batch_size, config.max_num_batched_tokens)))
     write_json, _ = options.writable(json_file), options.writable(plot_file)
     plots.check(plot_file)
     with packing_progress() as packing:
-        built = build(config, packing)
+        built = build(roomy, packing)
     with closing(built):
         kv_spec = built.executor.kv_spec
         workload = make(spec, vocab_size=built.vocab_size, tokenizer=None, max_model_len=kv_spec.max_model_len)

@@ -71,8 +71,8 @@ def throughput(
     \b
     Examples:
       pelton bench throughput
-      pelton bench throughput --dataset sharegpt --num-prompts 200 --json out.json
-      pelton bench throughput --dataset sharegpt --batching static,dynamic,inflight
+      pelton bench throughput --dataset sharegpt --num-prompts 200
+      pelton bench throughput --batching static,dynamic,inflight --rounds 3
       pelton bench throughput --max-num-seqs 1,4,16,64 --plot curve.png
       pelton bench throughput model.gguf --request-rate 2 --burstiness 0.5
     """
@@ -225,9 +225,9 @@ def _print_one(out: Console, row: dict[str, Any]) -> None:
     print_fractions(out, row["peaks"], row["mfu_precision"], mbu={"MBU": row["mbu"], "of decode steps":
                     row["mbu_decode"]}, mfu={"MFU": row["mfu"]})  # fmt: skip
     out.print(
-        f"[dim]{row['running_mean']:.1f} sequences running on average, {row['running_max']} at most; at most "
-        f"{row['kv_use_max']:.0%} of the KV cache in use; {_count(row['preemptions'], 'preemption')}; "
-        f"{_count(row['steps'], 'step')}[/dim]\n"
+        f"[dim]{row['running_mean']:.1f} sequences running on average, {row['running_max']} at most; "
+        f"{_count(row['steps'], 'step')}\nat most {row['kv_use_max']:.0%} of the KV cache in use; "
+        f"{_count(row['preemptions'], 'preemption')}[/dim]\n"
     )
     if len(row["rounds_output_tokens_per_s"]) > 1:
         rates = row["rounds_output_tokens_per_s"]
@@ -273,4 +273,4 @@ def _print_comparison(out: Console, variants: Sequence[Variant], rows: Sequence[
     ]
     preempted = [f"{_count(row['preemptions'], 'preemption')} at {v.batching or ''} {v.max_num_seqs}".replace("  ", " ")
                  for v, row in zip(variants, rows, strict=True) if row["preemptions"]]  # fmt: skip
-    out.print("\n[dim]" + "; ".join(notes + preempted) + "[/dim]\n")
+    out.print("\n[dim]" + "\n".join(notes + preempted) + "[/dim]\n")
