@@ -20,7 +20,7 @@ _STYLE = {
     "font.size": 10, "font.family": ["DejaVu Sans"], "text.color": _INK, "axes.labelcolor": _DIM, "xtick.color": _DIM,
     "ytick.color": _DIM, "axes.edgecolor": _GRID, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": _GRID, "axes.axisbelow": True, "axes.titlelocation": "left",
-    "axes.titlesize": 11, "legend.frameon": False, "svg.fonttype": "none",
+    "axes.titlesize": 11, "legend.facecolor": "white", "legend.edgecolor": "white", "svg.fonttype": "none",
 }  # fmt: skip
 #: Of a run over time, at most; fewer in short ones, so that a bin holds several steps.
 _BINS, _STEPS_PER_BIN = 60, 4
@@ -63,6 +63,8 @@ def over_time(runs: Sequence[tuple[Variant, Replay]], title: str, subtitle: str,
 
 def curve(rows: Sequence[tuple[Variant, dict[str, Any]]], title: str, subtitle: str, path: str) -> None:
     """Latency against throughput: a line for each kind of batching, a point for each max_num_seqs."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     kinds = list(dict.fromkeys(variant.batching for variant, _ in rows))
     with _figure(title, subtitle, path, columns=2, height=4.8) as axes:
         for axis, key, what in zip(axes, ("tpot_ms", "ttft_ms"), ("TPOT, ms", "TTFT, ms"), strict=True):
@@ -76,12 +78,15 @@ def curve(rows: Sequence[tuple[Variant, dict[str, Any]]], title: str, subtitle: 
                 axis.plot(rates, middle, color=colour, marker="o", markersize=5, label=label)
                 axis.plot(rates, worst, color=colour, linestyle=":", marker=".", label=label.replace("p50", "p99"))
                 for rate, latency, seqs in points:
-                    axis.annotate(f"{seqs}", (rate, latency["p50"]), (0, 6), textcoords="offset points", color=colour,
-                                  fontsize=8, ha="center")  # fmt: skip
+                    axis.annotate(f"{seqs}", (rate, latency["p50"]), (4, -12), textcoords="offset points", color=colour,
+                                  fontsize=8, ha="left")  # fmt: skip
             axis.set_title(what)
-            axis.set_xlabel("output tokens/s")
-            axis.set_ylim(bottom=0)
-            axis.set_xlim(left=0)
+            axis.set_xlabel("output tokens/s, at the max_num_seqs beside the points")
+            axis.set_xlim(0, 1.08 * max(row["output_tokens_per_s"] for _, row in rows))
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+            axis.yaxis.set_minor_locator(NullLocator())
         axes[0].legend(loc="upper left")
 
 

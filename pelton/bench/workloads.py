@@ -357,6 +357,8 @@ def describe(workload: Workload, arrivals: Arrivals) -> str:
     }
     lengths = _range([len(r.prompt_token_ids) for r in workload.requests])
     outputs = _range([r.max_tokens for r in workload.requests])
+    if not all(r.params.ignore_eos for r in workload.requests):
+        outputs = f"at most {outputs}"
     if arrivals.rate == math.inf:
         come = "all at once"
     else:

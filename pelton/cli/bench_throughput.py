@@ -226,7 +226,7 @@ def _print_one(out: Console, row: dict[str, Any]) -> None:
                     row["mbu_decode"]}, mfu={"MFU": row["mfu"]})  # fmt: skip
     out.print(
         f"[dim]{row['running_mean']:.1f} sequences running on average, {row['running_max']} at most; "
-        f"{_count(row['steps'], 'step')}\nat most {row['kv_use_max']:.0%} of the KV cache in use; "
+        f"{_count(row['steps'], 'step')}\nat most {row['kv_use_max']:.1%} of the KV cache in use; "
         f"{_count(row['preemptions'], 'preemption')}[/dim]\n"
     )
     if len(row["rounds_output_tokens_per_s"]) > 1:

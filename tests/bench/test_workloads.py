@@ -322,3 +322,4 @@ def test_a_workload_in_one_line() -> None:
     text = workloads.describe(prefix, Arrivals(2.5, 0.5))
     assert text.startswith("2 random requests with a common prefix of 30 tokens, 2.5 a second (gamma, burstiness 0.5);")
     assert "Poisson" in workloads.describe(prefix, Arrivals(2.5))
+    assert workloads.describe(given(max_tokens=8), Arrivals()).endswith("outputs of at most 8")
