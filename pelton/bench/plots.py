@@ -57,7 +57,7 @@ def over_time(runs: Sequence[tuple[Variant, Replay]], title: str, subtitle: str,
             axis.set_xlim(0, max(run.seconds for _, run in runs))
         running.yaxis.get_major_locator().set_params(integer=True)
         if len(runs) > 1:
-            rate.legend(loc="upper right", ncols=len(runs))
+            rate.legend(loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=len(runs))
         kv_use.set_xlabel("seconds since the first request")
 
 

@@ -93,7 +93,7 @@ def latency(
         bench.check_capacity(kv_spec, batch_size, input_len + output_len)
         meter, replays = peak_meter(built), list[Replay]()
         try:
-            with Working(warmup + iterations) as working:
+            with Working(warmup + iterations, calm=True) as working:
                 if meter is not None:
                     meter.measure()
                 runs = bench.run_iterations(lambda: LLM.from_parts(built, config).engine, workload, warmup + iterations)

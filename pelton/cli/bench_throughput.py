@@ -144,7 +144,7 @@ class _Bench:
         self.out.print(describe(self.workload, self.arrivals) + "\n", soft_wrap=True)
         per_replay = self.workload.max_output_tokens
         every = per_replay * rounds * len(self.measured)
-        with Working(every) as working:
+        with Working(every, calm=True) as working:
 
             def on_tokens(each: Measured, number: int, total: int) -> None:
                 complete = sum(len(m.replays) for m in self.measured)
@@ -162,7 +162,7 @@ class _Bench:
                 pass
 
     def label(self, variant: Variant) -> str:
-        seqs = f"{variant.max_num_seqs} sequences"
+        seqs = _count(variant.max_num_seqs, "sequence")
         return f"{variant.batching}, {seqs}" if variant.batching else seqs
 
     @property
