@@ -101,6 +101,9 @@ def latency(
                     working.at("measuring" if number >= warmup else "warming up", number, warmup + iterations)
                     if number > warmup:
                         replays.append(done)
+        except KeyboardInterrupt:
+            click.echo(f"stopped: {len(replays)} of {iterations} iterations are complete", err=True)
+            raise
         finally:
             if replays:  # what was measured before Ctrl-C as well
                 if meter is not None:

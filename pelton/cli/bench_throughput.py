@@ -98,6 +98,10 @@ def throughput(
         bench = _Bench(built, config, asked, [Measured(Variant(size, kind)) for kind in kinds for size in sizes])
         try:
             bench.run(rounds, warmup)
+        except KeyboardInterrupt:
+            complete = sum(len(each.replays) for each in bench.measured)
+            click.echo(f"stopped: {complete} of {rounds * len(bench.measured)} runs are complete", err=True)
+            raise
         finally:
             if bench.done:  # what was measured before Ctrl-C as well
                 rows = bench.rows()

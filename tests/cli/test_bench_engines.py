@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from pelton.bench import latency as bench_latency
+from pelton.bench.replay import replay
 from pelton.config import EngineConfig
-from pelton.engine.engine import LLMEngine
 from tests.helpers.tiny_models import tiny_checkpoint
 
 DISTRIBUTION = ["mean", "p50", "p90", "p99"]
@@ -142,19 +142,20 @@ def test_prompts_of_a_file(bench, tmp_path):
 
 
 def test_ctrl_c_keeps_what_is_complete(bench, monkeypatch):
-    step, steps = LLMEngine.step, 0
+    replays = 0
 
-    def interrupted(self):
-        nonlocal steps
-        steps += 1
-        if self._budget.max_num_seqs == 2 and self.stats().steps == 3:
+    def interrupted(*arguments, **options):
+        nonlocal replays
+        replays += 1
+        if replays == 2:
             raise KeyboardInterrupt
-        return step(self)
+        return replay(*arguments, **options)
 
-    monkeypatch.setattr(LLMEngine, "step", interrupted)
+    monkeypatch.setattr("pelton.bench.throughput.replay", interrupted)
     result, rows = bench("throughput", *SMALL, "--max-num-seqs", "1,2,8", "--warmup", 0, code=130)
     assert [row["config"]["max_num_seqs"] for row in rows] == [1]
     assert "output" in result.stdout
+    assert result.stderr == "stopped: 1 of 3 runs are complete\n"
 
 
 def test_the_reference_has_no_peaks(bench):
@@ -200,8 +201,9 @@ def test_ctrl_c_keeps_the_iterations_that_are_complete(bench, monkeypatch):
             yield done
 
     monkeypatch.setattr(bench_latency, "run_iterations", interrupted)
-    _, row = bench("latency", "--input-len", 8, "--output-len", 3, "--warmup", 2, code=130)
+    result, row = bench("latency", "--input-len", 8, "--output-len", 3, "--warmup", 2, code=130)
     assert row["iterations"] == 3
+    assert result.stderr == "stopped: 3 of 10 iterations are complete\n"
 
 
 # Pictures
