@@ -13,6 +13,7 @@ from ..build import Built
 from ..engine.engine import LLMEngine
 from ..graph.cost import StepShape
 from ..metrics import latencies_ms, mbu, mfu, throughput
+from .neighbours import Neighbours
 from .replay import Replay, replay
 from .roofline import PeakMeter, Peaks
 from .workloads import Workload
@@ -31,11 +32,13 @@ class Variant:
 
 @dataclass(slots=True)
 class Measured:
-    """The rounds of a variant, in order, each with the peaks of its time (None: no such device)."""
+    """The rounds of a variant, in order, each with the peaks of its time (None: no such device) and the cores that
+    others kept busy meanwhile (None: unknown)."""
 
     variant: Variant
     replays: list[Replay] = field(default_factory=list)
     peaks: list[Peaks | None] = field(default_factory=list)
+    others: list[float | None] = field(default_factory=list)
 
     @property
     def rates(self) -> list[float]:
@@ -107,7 +110,9 @@ def run_rounds(
             def report(total: int, each: Measured = each, number: int = number) -> None:
                 on_tokens(each, number, total)
 
-            done = replay(new_engine(each.variant), workload.requests, times, on_tokens=report)
+            engine, neighbours = new_engine(each.variant), Neighbours()
+            done = replay(engine, workload.requests, times, on_tokens=report)
+            each.others.append(neighbours.cores())
             if meter is not None:
                 meter.measure()
             each.replays.append(done)
@@ -178,5 +183,6 @@ def row(measured: Measured, baseline: Measured, precision: str | None) -> dict[s
         **summary(measured.replays[middle], peaks, precision),
         "rounds_output_tokens_per_s": measured.rates,
         "ratio_to_first": paired_ratio(measured.rates, baseline.rates),
+        "others_cores": measured.others[middle],
         "peaks": None if peaks is None else dict(peaks.rates),
     }

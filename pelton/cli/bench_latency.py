@@ -59,6 +59,7 @@ def latency(
     """
     from ..bench import latency as bench
     from ..bench import plots
+    from ..bench.neighbours import Neighbours
     from ..bench.replay import Replay
     from ..bench.throughput import peak_meter, precision_of
     from ..bench.workloads import WorkloadSpec, make
@@ -92,6 +93,7 @@ def latency(
         workload.check_lengths(kv_spec.max_model_len)
         bench.check_capacity(kv_spec, batch_size, input_len + output_len)
         meter, replays = peak_meter(built), list[Replay]()
+        neighbours = Neighbours()
         try:
             with Working(warmup + iterations, calm=True) as working:
                 if meter is not None:
@@ -105,6 +107,7 @@ def latency(
             click.echo(f"stopped: {len(replays)} of {iterations} iterations are complete", err=True)
             raise
         finally:
+            others = neighbours.cores()
             if replays:  # what was measured before Ctrl-C as well
                 if meter is not None:
                     meter.measure()
@@ -112,6 +115,7 @@ def latency(
                     **record("latency", built, config),
                     "workload": {**workload.settings, "batch_size": batch_size},
                     "iterations": len(replays),
+                    "others_cores": others,
                     **bench.summary(replays, None if meter is None else meter.peaks(), precision_of(built.executor)),
                 }
                 write_json(json.dumps(row, indent=1) + "\n")
@@ -129,7 +133,7 @@ def _print(out: Console, row: dict[str, Any]) -> None:
     from rich.table import Table
 
     from ..bench.units import number
-    from .bench_report import print_fractions, print_latencies
+    from .bench_report import neighbours_note, print_fractions, print_latencies
 
     print_latencies(out, row)
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=False)
@@ -144,3 +148,5 @@ def _print(out: Console, row: dict[str, Any]) -> None:
         out, row["peaks"], row["mfu_precision"], mbu={"MBU of decode": row["mbu_decode"]},
         mfu={"MFU of prefill": row["mfu_prefill"]},
     )  # fmt: skip
+    if note := neighbours_note(row["others_cores"]):
+        out.print(f"[yellow]{note}[/yellow]\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -98,3 +99,12 @@ def print_fractions(out: Console, peaks: Mapping[str, float] | None, precision: 
                 table.add_row(label, f"{value:.0%}", bar(value, 20), peak + cached)
     out.print(table)
     out.print()
+
+
+def neighbours_note(cores: float | None) -> str | None:
+    """What to know of figures that were taken while others used the machine."""
+    from ..bench.neighbours import noticeable
+
+    if not noticeable(cores):
+        return None
+    return f"others kept {cores:.1f} of this machine's {os.cpu_count()} cores busy meanwhile: figures are too low"

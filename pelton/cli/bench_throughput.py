@@ -210,7 +210,7 @@ def _print_one(out: Console, row: dict[str, Any]) -> None:
     from rich.table import Table
 
     from ..bench.units import duration, number
-    from .bench_report import print_fractions, print_latencies
+    from .bench_report import neighbours_note, print_fractions, print_latencies
 
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), show_header=False)
     table.add_column("")
@@ -236,6 +236,8 @@ def _print_one(out: Console, row: dict[str, Any]) -> None:
     if len(row["rounds_output_tokens_per_s"]) > 1:
         rates = row["rounds_output_tokens_per_s"]
         out.print(f"[dim]median of {len(rates)} rounds, {number(min(rates))} to {number(max(rates))} tokens/s[/dim]\n")
+    if note := neighbours_note(row["others_cores"]):
+        out.print(f"[yellow]{note}[/yellow]\n")
 
 
 def _cached(row: dict[str, Any]) -> str:
@@ -250,7 +252,7 @@ def _print_comparison(out: Console, variants: Sequence[Variant], rows: Sequence[
     from rich.table import Table
 
     from ..bench.units import number
-    from .bench_report import milliseconds
+    from .bench_report import milliseconds, neighbours_note
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     named = any(variant.batching for variant in variants)
@@ -278,3 +280,5 @@ def _print_comparison(out: Console, variants: Sequence[Variant], rows: Sequence[
     preempted = [f"{_count(row['preemptions'], 'preemption')} at {v.batching or ''} {v.max_num_seqs}".replace("  ", " ")
                  for v, row in zip(variants, rows, strict=True) if row["preemptions"]]  # fmt: skip
     out.print("\n[dim]" + "\n".join(notes + preempted) + "[/dim]\n")
+    if note := neighbours_note(max((row["others_cores"] or 0.0 for row in rows), default=None)):
+        out.print(f"[yellow]{note}[/yellow]\n")

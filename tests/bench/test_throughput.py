@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pelton.backends.base import Batch, KVSpec, StepStats
 from pelton.bench import latency, throughput
+from pelton.bench.neighbours import Neighbours
 from pelton.bench.replay import Moment, Replay, output_rate, replay
 from pelton.bench.roofline import Peaks
 from pelton.bench.throughput import Measured, Variant, run_rounds, summary
@@ -210,11 +214,12 @@ def test_the_median_round_stands_for_all() -> None:
     def lasting(seconds: float) -> Replay:
         return Replay(0.0, (metrics(0.0, seconds),), ((1,),), STATS)
 
-    one = Measured(Variant(1), [lasting(4.0), lasting(1.0), lasting(2.0)], [None, PEAKS, None])
+    one = Measured(Variant(1), [lasting(4.0), lasting(1.0), lasting(2.0)], [None, PEAKS, None], [0.1, 0.2, 0.3])
     assert one.rates == [0.25, 1.0, 0.5] and one.middle == 2
-    base = Measured(Variant(1), [lasting(1.0), lasting(1.0), lasting(1.0)], [None] * 3)
+    base = Measured(Variant(1), [lasting(1.0), lasting(1.0), lasting(1.0)], [None] * 3, [None] * 3)
     row = throughput.row(one, base, "f32")
     assert row["output_tokens_per_s"] == 0.5 and row["ratio_to_first"] == 0.5 and row["peaks"] is None
+    assert row["others_cores"] == 0.3
     assert row["rounds_output_tokens_per_s"] == [0.25, 1.0, 0.5]
 
 
@@ -256,7 +261,7 @@ def test_rounds_are_interleaved_turned_around_and_each_has_a_new_engine() -> Non
     # Peaks are measured before and after every replay.
     assert engines.log == ["peaks", *(x for n in order for x in (n, "peaks"))]
     assert len({id(e) for e in engines.made}) == 6
-    assert all(len(m.replays) == len(m.peaks) == 2 for m in measured)
+    assert all(len(m.replays) == len(m.peaks) == len(m.others) == 2 for m in measured)
     assert all(replay.stats.output_tokens == 24 for m in measured for replay in m.replays)
     # Whatever runs together, the same requests get the same tokens.
     assert len({throughput.output_digest(r) for m in measured for r in m.replays}) == 1
@@ -284,6 +289,38 @@ def test_a_warm_up_is_short() -> None:
     assert engine.stats().output_tokens == 16
     throughput.warm_up(engine, workload(1), 4)  # fewer requests than asked for, shorter than a warm-up
     assert engine.stats().output_tokens == 20
+
+
+# Neighbours
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux tells")
+def test_what_others_do_counts_and_what_this_process_does_not() -> None:
+    def burn() -> float:
+        end = time.monotonic() + 0.6
+        while time.monotonic() < end:
+            pass
+        cores = neighbours.cores()
+        assert cores is not None
+        return cores
+
+    neighbours = Neighbours()
+    alone = burn()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        neighbours = Neighbours()
+        beside = burn()
+        other.kill()
+    # Whatever else runs here, a second process adds to it: at least half a core, as there may be one core only.
+    assert beside > 0.4 and (alone < beside or alone > 0.5)
+
+
+def test_systems_that_tell_nothing(tmp_path: Path) -> None:
+    from pelton.bench.neighbours import _others_seconds, noticeable
+
+    assert _others_seconds(tmp_path / "no such file") is None
+    (tmp_path / "stat").write_text("cpu words\n")
+    assert _others_seconds(tmp_path / "stat") is None
+    assert not noticeable(None) and not noticeable(0.0) and noticeable(1000.0)
 
 
 # Latency of a batch

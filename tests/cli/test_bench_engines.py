@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 
 import pytest
@@ -58,7 +59,8 @@ def test_throughput_prints_tables_and_writes_one_object(bench):
         *RECORD, "num_requests", "prompt_tokens", "cached_tokens", "output_tokens", "seconds", "idle_seconds",
         "output_tokens_per_s", "prompt_tokens_per_s", "total_tokens_per_s", "requests_per_s", *LATENCIES,
         "mbu", "mfu", "mfu_precision", "mbu_decode", "steps", "device_seconds", "preemptions", "kv_use_max",
-        "running_mean", "running_max", "output_sha256", "rounds_output_tokens_per_s", "ratio_to_first", "peaks",
+        "running_mean", "running_max", "output_sha256", "rounds_output_tokens_per_s", "ratio_to_first",
+        "others_cores", "peaks",
     ]  # fmt: skip
     check_latencies(row)
     assert (row["num_requests"], row["prompt_tokens"], row["output_tokens"]) == (6, 72, 30)
@@ -171,8 +173,8 @@ def test_latency_prints_tables_and_writes_one_object(bench):
     result, row = bench("latency", "--batch-size", 3, "--input-len", 40, "--output-len", 6, "--iterations", 4,
                         "--threads", 1)  # fmt: skip
     assert list(row) == [
-        *RECORD, "iterations", "output_tokens_per_s", *LATENCIES, "prefill_tokens_per_s", "decode_tokens_per_s",
-        "mbu_decode", "mfu_prefill", "mfu_precision", "preemptions", "peaks",
+        *RECORD, "iterations", "others_cores", "output_tokens_per_s", *LATENCIES, "prefill_tokens_per_s",
+        "decode_tokens_per_s", "mbu_decode", "mfu_prefill", "mfu_precision", "preemptions", "peaks",
     ]  # fmt: skip
     check_latencies(row)
     assert row["iterations"] == 4 and row["workload"]["batch_size"] == 3
@@ -204,6 +206,16 @@ def test_ctrl_c_keeps_the_iterations_that_are_complete(bench, monkeypatch):
     result, row = bench("latency", "--input-len", 8, "--output-len", 3, "--warmup", 2, code=130)
     assert row["iterations"] == 3
     assert result.stderr == "stopped: 3 of 10 iterations are complete\n"
+
+
+@pytest.mark.parametrize("command", ["throughput", "latency"])
+def test_busy_neighbours_are_pointed_out(bench, monkeypatch, command):
+    options = SMALL if command == "throughput" else ("--input-len", 8, "--output-len", 3, "--iterations", 2)
+    for cores, said in ((os.cpu_count() / 2, True), (0.0, False), (None, False)):
+        monkeypatch.setattr("pelton.bench.neighbours.Neighbours.cores", lambda self, cores=cores: cores)
+        result, row = bench(command, *options)
+        assert row["others_cores"] == cores
+        assert ("cores busy meanwhile: figures are too low" in result.stdout) is said
 
 
 # Pictures
