@@ -100,6 +100,14 @@ class LLM:
         return self._parts.tokenizer
 
     @property
+    def engine(self) -> LLMEngine:
+        """The engine below, for callers that drive it step by step themselves, as benchmarks do.
+
+        Do not mix: a request added there is unknown to the methods here, and its tokens would end their steps.
+        """
+        return self._engine
+
+    @property
     def max_model_len(self) -> int:
         """Tokens, prompt + output, that one conversation may have."""
         return self._engine.max_model_len

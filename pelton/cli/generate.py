@@ -79,7 +79,7 @@ def generate(
       {"id": "q1", "messages": [{"role": "user", "content": "Hi"}]}
     """
     given = {name: value for name, value in defaults.items() if value is not None}
-    raw = _read(input)
+    raw = read_file(input)
     tasks = read_tasks(raw, input, given, seed)
     if output.exists() and input.exists() and output.samefile(input):
         raise RequestError("--input and --output are the same file", "choose another --output")
@@ -125,7 +125,7 @@ class Task:
     params: SamplingParams
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
+
+from ..errors import PeltonError
 
 
 class _Described(click.Argument):
@@ -95,3 +99,36 @@ def loading(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_LOADING.values()):
         option(with_engine)
     return with_engine
+
+
+def chosen(param: str, text: str | None, allowed: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
+    """A comma-separated choice; ``all`` is everything."""
+    if text is None:
+        return tuple(default)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if names == ["all"]:
+        return tuple(allowed)
+    wrong = [name for name in names if name not in allowed]
+    if wrong or not names:
+        raise PeltonError(f"there is no {param} {', '.join(wrong) or repr(text)}", f"choose of {', '.join(allowed)}")
+    return tuple(dict.fromkeys(names))
+
+
+def numbers(param: str, text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        numbers = ()
+    if not numbers or not all(1 <= n <= 1 << 20 for n in numbers):
+        raise PeltonError(f"--{param} is {text!r}", "give whole numbers from 1 to 1048576, separated by commas")
+    return numbers
+
+
+def writable(path: str | None) -> Callable[[str], object]:
+    """write(text), which replaces the file's content. Fails now if that will not work in the end."""
+    if path is None:
+        return lambda text: None
+    file = Path(path)
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise PeltonError(f"cannot write {path}", "give a file in a folder that exists and may be written to")
+    return file.write_text

@@ -65,11 +65,10 @@ def profile(
     from ..bench.profile import profile as run
     from ..build import build
     from ..config import EngineConfig
-    from .bench import numbers, writable
     from .progress import packing_progress
     from .roofs import Working, console, threads_text
 
-    contexts = numbers("context", context)
+    contexts = options.numbers("context", context)
     for name, value, most in (("prompt-len", prompt_len, 1 << 20), ("batch-size", batch_size, 1024)):
         if not 1 <= value <= most:
             raise PeltonError(f"--{name} is {value}", f"give a whole number from 1 to {most}")
@@ -82,7 +81,7 @@ def profile(
         max_num_seqs=batch_size, max_model_len=longest + 1,
     )  # fmt: skip
     out, done = console(), []
-    write_html, write_svg, write_json = writable(html_file), writable(svg_file), writable(json_file)
+    write_html, write_svg, write_json = map(options.writable, (html_file, svg_file, json_file))
     with packing_progress() as packing:
         built = build(config, packing)
     name = built.plan.checkpoint.path.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -37,15 +38,22 @@ def console() -> Console:
 
 
 class Working:
-    """A progress bar on stderr if that is a terminal, nothing otherwise. Use as a context."""
+    """A progress bar on stderr if that is a terminal, nothing otherwise. Use as a context.
 
-    def __init__(self, total: float | None = None) -> None:
+    calm: draw it only in ``at``, once a second at most, so that no thread runs beside what is measured.
+    """
+
+    def __init__(self, total: float | None = None, *, calm: bool = False) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._progress = Progress(
+            *columns, console=console, transient=True, disable=not console.is_terminal, auto_refresh=not calm
+        )
+        self._calm = calm
+        self._drawn = 0.0
         self._task = self._progress.add_task("measuring peaks", total=total)
 
     def __enter__(self) -> Working:
@@ -56,7 +64,10 @@ class Working:
         self._progress.stop()
 
     def at(self, what: str, done: float, total: float) -> None:
-        self._progress.update(self._task, description=what, completed=done, total=total)
+        draw = self._calm and time.monotonic() - self._drawn > 1
+        if draw:
+            self._drawn = time.monotonic()
+        self._progress.update(self._task, description=what, completed=done, total=total, refresh=draw)
 
     def advance(self, what: str | None, by: float) -> None:
         self._progress.update(self._task, advance=by, description=what)

@@ -201,7 +201,7 @@ def test_numbers_have_three_digits():
 
 
 def test_files_that_cannot_be_written_are_found_first(tmp_path):
-    from pelton.cli.bench import writable
+    from pelton.cli.options import writable
     from pelton.errors import PeltonError
 
     writable(str(tmp_path / "new.json"))("x")
