@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     common: dict[str, Any] = {
         "command": "python -m benchmarks.peers " + " ".join(shown_arguments(arguments or sys.argv[1:])),
         "date": date.today().isoformat(),
-        **_commit(),
+        **commit(),
         "machine": machine(),
         "threads": args.threads,
         "python": platform.python_version(),
@@ -146,7 +146,7 @@ def private(value: Any, work: Path) -> Any:
     return value
 
 
-def _commit() -> dict[str, Any]:
+def commit() -> dict[str, Any]:
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip()

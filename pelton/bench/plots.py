@@ -135,7 +135,7 @@ class _figure:  # noqa: N801  used as a function
         self._style = matplotlib.rc_context(_STYLE)
         self._style.__enter__()
         self._figure = Figure(figsize=(9.6, height), layout="constrained")
-        sizes = {"height_ratios" if rows > 1 else "width_ratios": ratios} if ratios else {}
+        sizes: dict[str, Any] = {"height_ratios" if rows > 1 else "width_ratios": ratios} if ratios else {}
         self._axes = self._figure.subplots(rows, columns, sharex=rows > 1, **sizes)
         self._figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
         self._figure.supxlabel(subtitle, x=0.01, ha="left", fontsize=8, color=_DIM)

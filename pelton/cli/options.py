@@ -74,6 +74,14 @@ activations = click.option(
     help="What quantized weights are multiplied with: activations rounded to int8 per group, which is fastest, or "
     "floats. auto: int8 where that adds little to the weights' own error (docs/quantization.md has figures).",
 )
+num_speculative_tokens = click.option(
+    "--num-speculative-tokens",
+    type=int,
+    default=0,
+    metavar="N",
+    help="Guess up to N tokens from the text so far and check them in one step: faster where an answer repeats its "
+    "prompt, with the very same tokens. 0: off.",
+)
 device = click.option(
     "--device",
     type=click.Choice(["cpu", "reference"]),
@@ -85,7 +93,8 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON o
 #: What the verbs that run a model have in common, in the order of the help.
 _LOADING = {
     "max_model_len": max_model_len, "dtype": dtype, "quantization": quantization, "kv_cache_dtype": kv_cache_dtype,
-    "activations": activations, "isa": isa, "threads": threads, "device": device,
+    "activations": activations, "num_speculative_tokens": num_speculative_tokens, "isa": isa, "threads": threads,
+    "device": device,
 }  # fmt: skip
 
 

@@ -394,9 +394,12 @@ class _Step:
             promised = sum(state.blocks_at_end(s) - len(s.block_ids) for s in state.running.values())
             fits = state.blocks_at_end(sequence) - num_shared + promised <= free
         else:
-            # One block of headroom for every running sequence: without it, admission into an almost full pool
-            # is undone by a preemption within a few steps, and the prefill was for nothing.
-            fits = state.blocks_for(num_tokens) - num_shared + len(state.running) <= free
+            # One block of headroom for every running sequence that may want one: without it, admission into an almost
+            # full pool is undone by a preemption within a few steps, and the prefill was for nothing.
+            room = free - (state.blocks_for(num_tokens) - num_shared)
+            fits = room >= len(state.running) or room >= sum(
+                state.blocks_at_end(s) > len(s.block_ids) for s in state.running.values()
+            )
         return (found, parent) if fits else None
 
     def _is_computed(self, sequence: Sequence, num_tokens: int) -> bool:
