@@ -73,7 +73,11 @@ public:
     PELTON_INLINE uint64_t total() const {
         uint64_t total = 0;
 #if defined(__AVX512F__)
-        total = static_cast<uint64_t>(_mm512_reduce_add_epi64(reinterpret_cast<__m512i>(sum_)));
+        // Not _mm512_reduce_add_epi64: it adds signed numbers, whose overflow is undefined.
+        const __m512i lanes = reinterpret_cast<__m512i>(sum_);
+        const __m256i four = _mm256_add_epi64(_mm512_castsi512_si256(lanes), _mm512_extracti64x4_epi64(lanes, 1));
+        const __m128i two = _mm_add_epi64(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+        total = static_cast<uint64_t>(_mm_cvtsi128_si64(two)) + static_cast<uint64_t>(_mm_extract_epi64(two, 1));
 #else
         for (int i = 0; i < kW / 2; ++i) total += sum_[i];
 #endif
