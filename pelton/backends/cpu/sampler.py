@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ...config import SamplingParams
 from ...outputs import Logprob
-from ..base import SampledToken, SampleSpec, SamplingError, processed_row
+from ..base import MAX_VOCAB, SampledToken, SampleSpec, SamplingError, processed_row
 
 if TYPE_CHECKING:
     from . import _native
@@ -44,9 +44,11 @@ class NativeSampler:
         if not specs:
             return []
         requests = [spec.sampler_state or _prepare(spec) for spec in specs]
-        extras: list[Any] = []
-        if drafts is not None or any(spec.mask is not None or spec.params.logits_processors for spec in specs):
-            extras = [self._extra(logits, i, specs, drafts[i] if drafts is not None else ()) for i in range(len(specs))]
+        extras = [
+            self._extra(logits, row, specs, drafts[row] if drafts is not None else ())
+            for row, spec in enumerate(specs)
+            if drafts is not None or spec.mask is not None or spec.params.logits_processors
+        ]
         token_ids, logprobs, failed = self._executor.sample(logits, requests, extras)
         if failed is not None:
             row, reason, peak = failed
@@ -108,7 +110,7 @@ def _prepare(spec: SampleSpec) -> _native.SampleRequest:
     request = _native.SampleRequest(
         output=spec.output_token_ids,
         temperature=params.temperature,
-        top_k=params.top_k,
+        top_k=min(params.top_k, MAX_VOCAB),
         top_p=params.top_p,
         min_p=params.min_p,
         typical_p=params.typical_p,
@@ -116,7 +118,7 @@ def _prepare(spec: SampleSpec) -> _native.SampleRequest:
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         seed=spec.seed,
-        min_tokens=params.min_tokens,
+        min_tokens=min(params.min_tokens, 2**62),  # it may be any number, and the native one has 64 bits
         logprobs=-1 if params.logprobs is None else params.logprobs,
         prompt=list(spec.prompt_token_ids) if params.repetition_penalty != 1.0 else [],
         stop_ids=sorted(spec.stop_token_ids),

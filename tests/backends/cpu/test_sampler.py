@@ -169,6 +169,7 @@ SETTINGS = [
     {"typical_p": 0.9},
     {"top_k": 5000, "top_p": 0.95, "min_p": 0.001, "typical_p": 0.7},
     {"repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.3, "top_p": 0.8},
+    {"top_k": 10**30, "min_tokens": 10**30, "max_tokens": None},
     {"temperature": 0, "logprobs": 20},
 ]
 
@@ -410,7 +411,7 @@ def test_a_model_answers_with_the_tokens_that_the_reference_sampler_would_draw()
     folder, _ = tiny_checkpoint("llama")
     params = [
         SamplingParams(max_tokens=12, ignore_eos=True, seed=i, logprobs=2, **values)
-        for i, values in enumerate([*SETTINGS[:-1], {"logit_bias": {5: 4}, "bad_words": [[7], [5, 5]]}])
+        for i, values in enumerate([*SETTINGS[:-2], {"logit_bias": {5: 4}, "bad_words": [[7], [5, 5]]}])
     ]
     answers = []
     with LLM(str(folder), threads=2) as llm:
