@@ -324,6 +324,7 @@ class LLMEngine:
                 sampled = self._verified(sequence, scheduled, sampled)
             result = EngineOutput(sequence.request.request_id, sequence, (), ())
             results.append(result)
+            is_first = not sequence.output_token_ids
             for token_id, logprobs in sampled:
                 if sequence.grammar is not None and not self._follows(sequence, token_id):
                     break
@@ -333,7 +334,7 @@ class LLMEngine:
                 if self._ends(sequence, token_id):
                     break
             num_tokens += len(result.token_ids)
-            if len(sequence.output_token_ids) == 1:
+            if is_first and result.token_ids:
                 num_first += 1
                 self._stats.prompt_tokens += len(sequence.request.prompt_token_ids)
                 self._stats.cached_tokens += sequence.num_cached_tokens

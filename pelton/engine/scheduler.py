@@ -308,6 +308,8 @@ class _Step:
         )
         self.sequences.append(sequence)
         sequence.num_computed_tokens = computed + 1 + len(draft)
+        if not draft:  # what a draft fills is known when it is verified
+            self._promise(sequence, computed, computed + 1)
 
     def _grow(self, sequence: Sequence) -> bool:
         """One more block; False if the sequence itself had to be preempted."""

@@ -78,6 +78,8 @@ class Grammar:
 
     def allowed(self, draft: Sequence[int]) -> int:
         """How many tokens of a draft the grammar allows one after the other."""
+        if self._coming is not None:  # of a step that failed: the matcher may still be at work
+            self._coming.result()
         return int(self._matcher.validate_tokens(list(draft)))
 
     def _look(self) -> None:
