@@ -169,3 +169,29 @@ def test_in_an_event_loop():
 
     texts = asyncio.run(main())
     assert len(texts) >= 3 and all(is_person(text) for text in texts)
+
+
+def test_in_the_terminal(tmp_path):
+    from click.testing import CliRunner
+
+    from pelton.cli.main import pelton as command_line
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        result = CliRunner().invoke(
+            command_line,
+            ["run", "-p", "Describe a person.", "--temperature", "0", "--max-model-len", "512", *arguments],
+        )
+        return result.exit_code, result.stdout.strip(), result.stderr
+
+    schema = tmp_path / "person.json"
+    schema.write_text(json.dumps(PERSON))
+    assert is_person(run("--json-schema", str(schema))[1])
+    assert run("--choice", "maybe", "--choice", "never")[1] in ("maybe", "never")
+    assert re.fullmatch("[0-9]{3}", run("--regex", "[0-9]{3}")[1])
+    for arguments, message in (
+        (["--json-schema", str(tmp_path / "none")], "cannot be read"),
+        (["--regex", "(["], "the regex of structured_outputs cannot be used"),
+        (["--regex", "a", "--choice", "b"], "regex and choice; give one of"),
+    ):
+        code, _, error = run(*arguments)
+        assert code == 2 and message in error and "Traceback" not in error

@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..config import SamplingParams
+from ..config import SamplingParams, StructuredOutputsParams
 from ..errors import PeltonError, RequestError
 from . import options
 
@@ -53,6 +54,11 @@ SETTABLE = tuple(f.name for f in fields(SamplingParams) if f.name not in ("n", "
 @click.option("--presence-penalty", type=float, default=0.0, help="Above 0 discourages tokens of the answer.")
 @click.option("--frequency-penalty", type=float, default=0.0, help="The same, per time that they occurred.")
 @click.option("--bad-words", multiple=True, metavar="TEXT", help="Text the answer must not have; may be repeated.")
+@click.option(
+    "--json-schema", type=click.Path(dir_okay=False), metavar="FILE", help="Answer with JSON that follows this schema."
+)
+@click.option("--regex", metavar="REGEX", help="The whole answer matches this.")
+@click.option("--choice", multiple=True, metavar="TEXT", help="The answer is one of these; may be repeated.")
 @click.option("--max-tokens", type=int, default=1024, help="Longest answer, in tokens.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends the answer; may be repeated.")
 @click.option("--seed", type=int, help="Same seed, same answer.")
@@ -64,6 +70,9 @@ def run(
     system: str | None,
     chat: bool,
     stop: tuple[str, ...],
+    json_schema: str | None,
+    regex: str | None,
+    choice: tuple[str, ...],
     stats: bool,
     engine: dict[str, Any],
     **sampling: Any,
@@ -78,8 +87,9 @@ def run(
       pelton run
       pelton run model.gguf -p "Why is the sky blue?" --temperature 0
       git diff | pelton run -p "Write a commit message:"
+      pelton run -p "Is the sky green?" --choice yes --choice no
     """
-    params = SamplingParams(stop=stop, **sampling)
+    params = SamplingParams(stop=stop, structured_outputs=_structure(json_schema, regex, choice), **sampling)
     interactive = prompt is None and is_terminal(sys.stdin)
     if not interactive:
         prompt = _prompt_text(prompt)
@@ -98,6 +108,19 @@ def run(
             session.answer(prompt)
         else:
             session.loop(read_line)
+
+
+def _structure(json_schema: str | None, regex: str | None, choice: tuple[str, ...]) -> StructuredOutputsParams | None:
+    """What --json-schema, --regex and --choice ask for."""
+    if json_schema is None and regex is None and not choice:
+        return None
+    schema = None
+    if json_schema is not None:
+        try:
+            schema = Path(json_schema).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"{json_schema} cannot be read ({error})", "give a file with a JSON schema") from None
+    return StructuredOutputsParams(json=schema, regex=regex, choice=choice or None)
 
 
 def is_terminal(stream: Any) -> bool:
