@@ -68,7 +68,7 @@ if [ ! "$build/site/.done" -nt pyproject.toml ]; then
     # shellcheck disable=SC2086
     "$python" -m pip install -qq --target "$build/site" --only-binary=:all: --implementation cp \
         --python-version "$version" --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 \
-        --platform manylinux2014_aarch64 $needs 'pytest>=8' 'pytest-timeout>=2' 'nanobind>=2.2'
+        --platform manylinux2014_aarch64 $needs 'pytest>=8' 'pytest-timeout>=2' 'hypothesis>=6' 'nanobind>=2.2'
     touch "$build/site/.done"
 fi
 
