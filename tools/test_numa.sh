@@ -18,8 +18,9 @@ if [ "$(uname -m)" != x86_64 ]; then
     echo "NUMA: not tested: the emulated machine is an x86-64"
     exit 0
 fi
-packages='qemu-system-x86 cpio'
-if ! command -v qemu-system-x86_64 >/dev/null || ! command -v cpio >/dev/null; then
+PATH=$PATH:/usr/sbin:/sbin
+packages='qemu-system-x86 cpio e2fsprogs'
+if ! command -v qemu-system-x86_64 >/dev/null || ! command -v cpio >/dev/null || ! command -v mke2fs >/dev/null; then
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || die "this needs the Debian packages $packages"
     export DEBIAN_FRONTEND=noninteractive
     apt-get -qq update || true # one source of many may be down, and the next line says whether it matters
@@ -32,7 +33,9 @@ fi
 if [ ! -e "$build/kernel/.done" ]; then
     rm -rf "$build/kernel"
     mkdir -p "$build/kernel"
-    name=$(apt-cache depends linux-image-cloud-amd64 | sed -n 's/.*Depends: \(linux-image-.*\)/\1/p' | head -n 1)
+    latest() { apt-cache depends linux-image-cloud-amd64 2>/dev/null | sed -n 's/.*Depends: \(linux-image-.*\)/\1/p'; }
+    [ -n "$(latest)" ] || apt-get -qq update || true
+    name=$(latest | head -n 1)
     [ -n "$name" ] || die "the package sources of this machine have no linux-image-cloud-amd64"
     (cd "$build/kernel" && apt-get -qq -o APT::Sandbox::User=root download "$name" && dpkg-deb -x ./*.deb . && rm ./*.deb)
     touch "$build/kernel/.done"
