@@ -44,12 +44,9 @@ _MODULES = {
 def __getattr__(name: str) -> object:
     value: object
     if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
+        from .version import installed_version
 
-        try:
-            value = version("pelton")
-        except PackageNotFoundError:  # run from a checkout that is not installed
-            value = "0+unknown"
+        value = installed_version()
     elif name in _MODULES:
         from importlib import import_module
 

@@ -141,7 +141,7 @@ def answers_for(
     """The answers to a prompt, ``best_of`` or else n, with the output that they fill in common.
 
     Raises:
-        RequestError: stop strings or bad words without a tokenizer, token ids outside the vocabulary.
+        RequestError: stop strings or bad words without a tokenizer.
     """
     from .engine.request import derive_seed
     from .text.detokenize import StopStrings
@@ -178,6 +178,12 @@ def answers_for(
     return answers
 
 
+def require_streamable(params: SamplingParams) -> None:
+    """Raises RequestError for ``best_of``."""
+    if params.best_of not in (None, params.n):
+        raise RequestError("best_of cannot be streamed: the best are known at the end", "use n, or do not stream")
+
+
 def settle(answer: Answer) -> None:
     """See whether all answers are finished; of ``best_of``, keep the n likeliest then."""
     output, asked = answer.output, answer.asked
@@ -192,7 +198,7 @@ def settle(answer: Answer) -> None:
 
 
 def _with_token_ids(params: SamplingParams, tokenizer: Tokenizer | None, vocab_size: int) -> SamplingParams:
-    """The parameters with ``bad_words`` as token ids, after a check of all ids that samplers look at."""
+    """The parameters with ``bad_words`` as token ids."""
     words: list[tuple[int, ...]] = []
     for word in params.bad_words:
         if isinstance(word, str):
@@ -200,17 +206,6 @@ def _with_token_ids(params: SamplingParams, tokenizer: Tokenizer | None, vocab_s
             words += [ids for ids in _spellings(word, tokenizer) if max(ids) < vocab_size and ids not in words]
         else:
             words.append(tuple(word))
-    named = {
-        "logit_bias": params.logit_bias or (),
-        "allowed_token_ids": params.allowed_token_ids or (),
-        "bad_words": [token for ids in words for token in ids],
-    }
-    for name, ids in named.items():
-        if (largest := max(ids, default=0)) >= vocab_size:
-            raise RequestError(
-                f"{name} names token id {largest}, the vocabulary has {vocab_size} tokens",
-                f"give ids from 0 to {vocab_size - 1}",
-            )
     return replace(params, bad_words=words) if params.bad_words else params
 
 
@@ -248,14 +243,32 @@ def add_to(
         )
 
 
-def grammar_compiler(tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: frozenset[int]) -> GrammarCompiler:
-    """What compiles ``structured_outputs`` for a model. Loads nothing before the first one.
+class Grammars:
+    """The ``structured_outputs`` of a model's requests, compiled. Loads nothing before the first."""
 
-    Raises:
-        TokenizerError: there is no tokenizer.
-    """
-    from .engine.structured import GrammarCompiler
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._compiler: GrammarCompiler | None = None
 
-    if tokenizer is None:
-        raise TokenizerError("structured output needs a tokenizer, and the checkpoint has none", "do without")
-    return GrammarCompiler(tokenizer.to_json, vocab_size, eos_token_ids)
+    def compiled(self, params: SamplingParams | None) -> Grammar | None:
+        """The grammar of a request, for :func:`add_to`; None if it has none.
+
+        Raises:
+            RequestError: it cannot be used.
+            TokenizerError: there is no tokenizer.
+        """
+        if params is None or params.structured_outputs is None:
+            return None
+        if self._compiler is None:
+            from .engine.structured import GrammarCompiler
+
+            if self._tokenizer is None:
+                raise TokenizerError("structured output needs a tokenizer, and the checkpoint has none", "do without")
+            self._compiler = GrammarCompiler(self._tokenizer.to_json, self._vocab_size, self._eos_token_ids)
+        return self._compiler.compile(params.structured_outputs)
+
+    def close(self) -> None:
+        if self._compiler is not None:
+            self._compiler.close()

@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .answers import Answer, add_to, answers_for, grammar_compiler, merged, settle
+from .answers import Answer, Grammars, add_to, answers_for, merged, require_streamable, settle
 from .config import EngineConfig, SamplingParams
 from .errors import PeltonError, RequestError
 from .outputs import CompletionOutput, RequestOutput
@@ -18,7 +18,7 @@ from .prompts import Conversation, EncodedPrompt, Prompt, Tokenizer, conversatio
 
 if TYPE_CHECKING:
     from .engine.engine import EngineOutput, EngineStats, LLMEngine
-    from .engine.structured import Grammar, GrammarCompiler
+    from .engine.structured import Grammar
     from .llm import Parts
 
 
@@ -63,7 +63,7 @@ class AsyncLLM:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ids = count()
         self._streams: dict[str, tuple[_Stream, Answer]] = {}  # by the engine's request id
-        self._grammars: GrammarCompiler | None = None
+        self._grammars = Grammars(parts.tokenizer, parts.vocab_size, parts.eos_token_ids)
         self._closed = False
         try:
             engine = engine_of(parts, config)
@@ -113,8 +113,8 @@ class AsyncLLM:
             RequestError: the request is invalid. Nothing has run then.
             PeltonError: the step that was to answer failed.
         """
-        if sampling_params is not None and sampling_params.best_of not in (None, sampling_params.n):
-            raise RequestError("best_of cannot be streamed: the best are known at the end", "use n, or generate()")
+        if sampling_params is not None:
+            require_streamable(sampling_params)
         grammar = await self._grammar(sampling_params)
         async with contextlib.aclosing(self._open(prompt, sampling_params, grammar, **options)) as stream:
             async for output in stream:
@@ -151,8 +151,7 @@ class AsyncLLM:
             return
         self._closed = True
         self._engine.close()
-        if self._grammars is not None:
-            self._grammars.close()
+        self._grammars.close()
         self._parts.close()
         self._fail_all(RequestError("this AsyncLLM is closed", "create a new one"))
 
@@ -200,10 +199,7 @@ class AsyncLLM:
         """Compiled in a thread, as a large schema takes a moment."""
         if params is None or params.structured_outputs is None:
             return None
-        if self._grammars is None:
-            parts = self._parts
-            self._grammars = grammar_compiler(parts.tokenizer, parts.vocab_size, parts.eos_token_ids)
-        return await asyncio.to_thread(self._grammars.compile, params.structured_outputs)
+        return await asyncio.to_thread(self._grammars.compiled, params)
 
     def _leave(self, stream: _Stream) -> None:
         """Nobody reads any more: end what is unfinished."""

@@ -99,23 +99,17 @@ class Built:
     def kv_identity(self) -> str:
         """Which model computes keys and values, and how: two that agree may use each other's."""
         from .backends.cpu.packed_cache import content_hash
+        from .version import installed_version
 
         config = self.plan.config
         how = (config.device, config.dtype, config.quantization, config.kv_cache_dtype, config.activations)
-        text = repr((_version(), how, config.block_size, self.plan.isa, content_hash(self.plan.checkpoint.files)))
+        text = repr(
+            (installed_version(), how, config.block_size, self.plan.isa, content_hash(self.plan.checkpoint.files))
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
     def close(self) -> None:
         self.executor.close()
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("pelton")
-    except PackageNotFoundError:  # a checkout that is not installed
-        return ""
 
 
 def trained_context(config: Mapping[str, Any]) -> int:
@@ -155,6 +149,7 @@ def plan(config: EngineConfig) -> Plan:
         PeltonError: any problem of the checkpoint or the configuration, in one line.
     """
     from .backends.cpu.executor import cache_bytes_per_block, choose_isa, constant_bytes
+    from .engine.speculation import max_num_logits
 
     checkpoint = open_checkpoint(resolve_model(config.model))
     _check(config)
@@ -169,7 +164,11 @@ def plan(config: EngineConfig) -> Plan:
     if config.dtype == "auto" and any(t.type.dtype == F16 for t in checkpoint.tensors.values()):
         notes.append("f16 weights run as bf16, which rounds them to 8 bits; dtype='f32' keeps all 11")
     notes += _fallback_notes(config, graph)
-    limits = {"T": config.max_num_batched_tokens, "S": config.max_num_seqs, "N": _num_logits(config)}
+    limits = {
+        "T": config.max_num_batched_tokens,
+        "S": config.max_num_seqs,
+        "N": max_num_logits(config.max_num_seqs, config.num_speculative_tokens),
+    }
     program = lower(graph, limits, config.max_model_len or context)
     sizes: dict[str, int] = {}
     for constant in program.constants:
@@ -198,12 +197,6 @@ def plan(config: EngineConfig) -> Plan:
     threads = config.threads or usable_cores()
     isa = choose_isa(config.isa)
     return Plan(config, checkpoint, graph, program, kv_spec, ledger, available, vocab, isa, threads, tuple(notes))
-
-
-def _num_logits(config: EngineConfig) -> int:
-    from .engine.speculation import max_num_logits
-
-    return max_num_logits(config.max_num_seqs, config.num_speculative_tokens)
 
 
 def _fallback_notes(config: EngineConfig, graph: Graph) -> list[str]:

@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, overload
 
-from .answers import Answer, add_to, answers_for, grammar_compiler, settle
+from .answers import Answer, Grammars, add_to, answers_for, require_streamable, settle
 from .config import EngineConfig, SamplingParams
 from .errors import RequestError
 from .metrics import throughput
@@ -23,7 +23,6 @@ from .prompts import Conversation, EncodedPrompt, Prompt, Tokenizer, as_list, co
 
 if TYPE_CHECKING:
     from .engine.engine import EngineStats, LLMEngine
-    from .engine.structured import Grammar, GrammarCompiler
 
 Params: TypeAlias = "SamplingParams | Sequence[SamplingParams] | None"
 
@@ -85,7 +84,7 @@ class LLM:
     def _start(self, parts: Parts, config: EngineConfig) -> None:
         self._parts = parts
         self._closed = False
-        self._grammars: GrammarCompiler | None = None
+        self._grammars = Grammars(parts.tokenizer, parts.vocab_size, parts.eos_token_ids)
         self._ids = count()
         self._answers: dict[str, tuple[_Run, int, Answer]] = {}  # by the engine's request id
         try:
@@ -288,8 +287,7 @@ class LLM:
         """Release the model's memory and threads. Idempotent."""
         if not self._closed:
             self._closed = True
-            if self._grammars is not None:
-                self._grammars.close()
+            self._grammars.close()
             self._parts.close()
 
     def __enter__(self) -> LLM:
@@ -347,21 +345,13 @@ class LLM:
 
     def _add(self, run: _Run, index: int, given: EncodedPrompt, params: SamplingParams) -> None:
         """Queue the n sequences of a prompt."""
-        if run.stream and params.best_of not in (None, params.n):
-            raise RequestError("best_of cannot be streamed: the best are known at the end", "use n, or do not stream")
+        if run.stream:
+            require_streamable(params)
         answers = answers_for(str(next(self._ids)), given, params, self._parts.tokenizer, self._parts.vocab_size)
-        add_to(self._engine, answers, given, self._grammar(params))
+        add_to(self._engine, answers, given, self._grammars.compiled(params))
         for answer in answers:
             self._answers[answer.sequence_id] = (run, index, answer)
             run.unfinished.add(answer.sequence_id)
-
-    def _grammar(self, params: SamplingParams) -> Grammar | None:
-        if params.structured_outputs is None:
-            return None
-        if self._grammars is None:
-            parts = self._parts
-            self._grammars = grammar_compiler(parts.tokenizer, parts.vocab_size, parts.eos_token_ids)
-        return self._grammars.compile(params.structured_outputs)
 
     def _step(self) -> None:
         """One step of the engine; what it brings goes to the calls that wait for it."""

@@ -18,6 +18,7 @@ ROOT = Path(pelton.__file__).parent
 ALLOWED = {
     "errors": set(),
     "paths": set(),
+    "version": set(),
     "config": {"errors"},
     "metrics": set(),
     "outputs": {"metrics"},
@@ -33,7 +34,7 @@ ALLOWED = {
     "backends": {"graph", "program", "errors", "paths", "config", "outputs"},
     "engine": {"backends.base", "config", "errors", "metrics", "outputs"},
     "build": {"backends", "checkpoint", "config", "engine", "errors", "graph", "ledger", "models", "nn", "passes",
-              "program", "quantize", "text"},
+              "program", "quantize", "text", "version"},
     "prompts": {"errors"},
     "answers": {"config", "engine", "errors", "metrics", "outputs", "prompts", "text"},
     "async_llm": {"answers", "build", "config", "engine", "errors", "llm", "outputs", "prompts"},

@@ -147,11 +147,23 @@ class Sampler(Protocol):
         specs: Sequence[SampleSpec],
         drafts: Sequence[Sequence[int]] | None = None,
     ) -> list[SampledToken]:
-        """One token per row of ``logits``, float32 [N, vocab].
+        """Choose one token per row of ``logits`` (float32 [N, vocab]), which are not changed.
 
         Several rows may have the same spec: ``drafts[i]`` are tokens that row i's history has after the output.
+
+        Raises:
+            SamplingError: a row holds NaN or +inf, or nothing but -inf: the model or a kernel is broken. Or
+                mask and ``allowed_token_ids`` leave nothing.
+            ValueError: the parameters name a token that the row does not have.
         """
         ...
+
+
+def check_rows(logits: npt.NDArray[np.float32], *per_row: Sequence[Any] | None) -> None:
+    """Raises RuntimeError unless there is one of each for every row of logits."""
+    if logits.ndim != 2 or any(values is not None and len(values) != logits.shape[0] for values in per_row):
+        counts = ", ".join(str(len(values)) for values in per_row if values is not None)
+        raise RuntimeError(f"logits of shape {logits.shape} for {counts} sequences to sample")
 
 
 #: Longest row of logits that is sampled: the sum of that many weights of 2**42 stays within 64 bits.

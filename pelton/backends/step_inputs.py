@@ -49,12 +49,10 @@ def step_inputs(batch: Batch, block_size: int, *, every: bool = False) -> StepIn
     slots = table[owner, positions // block_size] * block_size + positions % block_size
     if every:
         indices = np.arange(starts[-1])
-    elif any(s.num_drafts for s in sequences):
-        ends = starts[1:].tolist()
-        sampled = [(s.num_drafts, end) for s, end in zip(sequences, ends, strict=True) if s.sample is not None]
-        indices = np.array([i for drafts, end in sampled for i in range(end - 1 - drafts, end)], np.int64)
     else:
-        indices = starts[1:][[i for i, s in enumerate(sequences) if s.sample is not None]] - 1
+        ends = zip(sequences, starts[1:].tolist(), strict=True)
+        sampled = [range(end - 1 - s.num_drafts, end) for s, end in ends if s.sample is not None]
+        indices = np.array([i for rows in sampled for i in rows], np.int64)
     arrays = {
         "token_ids": np.fromiter((t for s in sequences for t in s.token_ids), np.int32, int(starts[-1])),
         "positions": positions.astype(np.int32),

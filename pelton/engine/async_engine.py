@@ -64,8 +64,7 @@ class AsyncEngine:
             RequestError: the request is refused, now and here.
             EngineDeadError: there is no engine any more.
         """
-        if self._dead is not None or self._stopping:
-            raise EngineDeadError(f"the engine has stopped ({self._dead or 'closed'})", "start a new one")
+        self._require_alive()
         prompt = tuple(prompt_token_ids)
         self._engine.validate(prompt, params)
         options.setdefault("arrival_time", self._engine.now())
@@ -86,7 +85,12 @@ class AsyncEngine:
         self._command(end)
 
     def call(self, function: Callable[[LLMEngine], Any]) -> Future[Any]:
-        """Run a function on the engine between two steps."""
+        """Run a function on the engine between two steps.
+
+        Raises:
+            EngineDeadError: there is no engine any more.
+        """
+        self._require_alive()
         future: Future[Any] = Future()
 
         def run() -> None:
@@ -95,8 +99,6 @@ class AsyncEngine:
             except BaseException as error:
                 future.set_exception(error)
 
-        if self._dead is not None or self._stopping:
-            raise EngineDeadError(f"the engine has stopped ({self._dead or 'closed'})", "start a new one")
         self._command(run)
         return future
 
@@ -116,6 +118,10 @@ class AsyncEngine:
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def _require_alive(self) -> None:
+        if self._dead is not None or self._stopping:
+            raise EngineDeadError(f"the engine has stopped ({self._dead or 'closed'})", "start a new one")
 
     def _command(self, command: Callable[[], None]) -> None:
         with self._wake:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..config import SamplingParams
 from ..errors import RequestError
 from ..metrics import RequestMetrics
 from ..outputs import Logprob
-from .prefix_cache import CachePolicy, Key, extend_keys, root_key
+from .prefix_cache import CachePolicy, keys_of
 from .prefix_file import PrefixFileError, read_prefix, write_prefix
 from .request import FinishReason, Request, Sequence, Status, derive_seed
 from .scheduler import Batching, CapacityPolicy, Policy, Schedule, SchedulerState, schedule
@@ -72,21 +72,6 @@ class EngineStats:
     num_free_blocks: int = 0
     num_cached_blocks: int = 0  # that hold something for the prefix cache, in use or free
     num_blocks: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One step: what was in it, and what it cost by the executor's account."""
-
-    num_decodes: int  # sequences that had one token to compute and got the next
-    num_prefills: int  # sequences that had a chunk of their prompt computed
-    num_prefill_tokens: int
-    num_draft_tokens: int
-    num_output_tokens: int
-    num_preempted: int
-    seconds: float
-    flops: float
-    bytes: float
 
 
 class LLMEngine:
@@ -150,7 +135,6 @@ class LLMEngine:
         self._clock = clock
         self._num_added = 0
         self._stats = EngineStats()
-        self.last_step: StepRecord | None = None
 
     @property
     def max_model_len(self) -> int:
@@ -224,15 +208,22 @@ class LLMEngine:
         """The tokens, prompt + output, that such a request may have. May be called from any thread.
 
         Raises:
-            RequestError: the prompt is empty, has tokens outside the vocabulary or is too long for the context or
-                the KV pool, or ``stop_token_ids`` are outside the vocabulary.
+            RequestError: the prompt is empty, is too long for the context or the KV pool, or it or a parameter names
+                tokens outside the vocabulary.
         """
         max_total_tokens = self._check_lengths(len(prompt), params)
-        for what, token_ids in (("the prompt", prompt), ("stop_token_ids", tuple(params.stop_token_ids))):
+        named: tuple[tuple[str, Collection[int]], ...] = (
+            ("the prompt holds", prompt),
+            ("stop_token_ids holds", params.stop_token_ids),
+            ("logit_bias names", params.logit_bias or ()),
+            ("allowed_token_ids names", params.allowed_token_ids or ()),
+            ("bad_words names", [t for word in params.bad_words if not isinstance(word, str) for t in word]),
+        )
+        for what, token_ids in named:
             for token in (min(token_ids, default=0), max(token_ids, default=0)):
                 if not 0 <= token < self._vocab_size:
                     raise RequestError(
-                        f"{what} holds token id {token}, the vocabulary has {self._vocab_size} tokens",
+                        f"{what} token id {token}, the vocabulary has {self._vocab_size} tokens",
                         f"give ids from 0 to {self._vocab_size - 1}; were they made by another tokenizer?",
                     )
         return max_total_tokens
@@ -424,28 +415,17 @@ class LLMEngine:
 
     def _account(self, planned: Schedule, step: StepStats, num_output_tokens: int, num_first: int) -> None:
         """``num_first``: how many of the tokens were the first of their request."""
-        stats, scheduled = self._stats, planned.batch.sequences
+        stats = self._stats
         # A recomputed sequence counts as a prefill, and so does a prompt of one token.
-        num_decodes = sum([len(s.token_ids) - s.num_drafts == 1 and s.sample is not None for s in scheduled])
-        num_drafts = sum([s.num_drafts for s in scheduled]) if self._speculation is not None else 0
-        num_prefills = len(scheduled) - num_decodes
-        self.last_step = StepRecord(
-            num_decodes=num_decodes,
-            num_prefills=num_prefills,
-            num_prefill_tokens=planned.batch.num_tokens - num_decodes - num_drafts,
-            num_draft_tokens=num_drafts,
-            num_output_tokens=num_output_tokens,
-            num_preempted=len(planned.preempted),
-            seconds=step.seconds,
-            flops=step.flops,
-            bytes=step.bytes,
+        decodes = not num_first and all(
+            len(s.token_ids) - s.num_drafts == 1 and s.sample is not None for s in planned.batch.sequences
         )
         stats.steps += 1
         stats.output_tokens += num_output_tokens
         stats.seconds += step.seconds
         stats.flops += step.flops
         stats.bytes += step.bytes
-        if not num_prefills and not num_first:
+        if decodes:
             stats.decode_steps += 1
             stats.decode_tokens += num_output_tokens
             stats.decode_seconds += step.seconds
@@ -464,8 +444,7 @@ class LLMEngine:
         """
         tokens = list(token_ids)
         block_size = self._state.block_size
-        keys: list[Key] = []
-        extend_keys(keys, root_key(salt), tokens, block_size)
+        keys = keys_of(tokens, salt, block_size)
         found, _ = self._state.blocks.find(keys)
         if not found:
             raise PrefixFileError(
@@ -484,8 +463,7 @@ class LLMEngine:
         """
         tokens, data = read_prefix(path, identity)
         blocks, block_size = self._state.blocks, self._state.block_size
-        keys: list[Key] = []
-        extend_keys(keys, root_key(salt), tokens, block_size)
+        keys = keys_of(tokens, salt, block_size)
         if blocks.cache is None:
             raise PrefixFileError(f"{path} is of no use without a prefix cache", "set enable_prefix_caching")
         known, _ = blocks.find(keys)

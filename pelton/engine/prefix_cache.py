@@ -58,6 +58,13 @@ def extend_keys(keys: list[Key], root: Key, token_ids: Sequence[int], block_size
         keys.append(parent)
 
 
+def keys_of(token_ids: Sequence[int], salt: str, block_size: int) -> list[Key]:
+    """The keys of all full blocks of ``token_ids``."""
+    keys: list[Key] = []
+    extend_keys(keys, root_key(salt), token_ids, block_size)
+    return keys
+
+
 class _Entry:
     __slots__ = ("expires", "key", "retention", "ttl")
 

@@ -29,7 +29,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ..backends.base import MAX_VOCAB, SampledToken, SampleSpec, SamplingError, processed_row
+from ..backends.base import MAX_VOCAB, SampledToken, SampleSpec, SamplingError, check_rows, processed_row
 from ..config import SamplingParams
 from ..outputs import Logprob
 
@@ -44,22 +44,12 @@ _ONE = 1 << _FRACTION_BITS
 
 
 class HostSampler:
-    """A :data:`pelton.backends.base.Sampler`. Stateless."""
+    """A :class:`pelton.backends.base.Sampler`. Stateless."""
 
     def __call__(
         self, logits: Floats, specs: Sequence[SampleSpec], drafts: Sequence[Sequence[int]] | None = None
     ) -> list[SampledToken]:
-        """Choose one token per row of ``logits`` (float32 [N, vocab]), which are not changed.
-
-        Several rows may have the same spec: ``drafts[i]`` are tokens that row i's history has after the output.
-
-        Raises:
-            SamplingError: a row holds NaN or +inf, or nothing but -inf: the model or a kernel is broken. Or
-                mask and ``allowed_token_ids`` leave nothing.
-            ValueError: the parameters name a token that the row does not have.
-        """
-        if logits.ndim != 2 or logits.shape[0] != len(specs) or (drafts is not None and len(drafts) != len(specs)):
-            raise RuntimeError(f"logits of shape {logits.shape} for {len(specs)} sequences to sample")
+        check_rows(logits, specs, drafts)
         if not specs:
             return []
         check_vocab(logits.shape[1])
@@ -95,8 +85,7 @@ class HostSampler:
         Raises:
             RuntimeError: the shapes disagree, or a row is broken.
         """
-        if logits.ndim != 2 or logits.shape[0] != len(token_ids):
-            raise RuntimeError(f"logits of shape {logits.shape} for {len(token_ids)} tokens")
+        check_rows(logits, token_ids)
         if not np.isfinite(logits.max(axis=1)).all():
             raise RuntimeError("logits have a maximum that is not finite")
         return [logprobs_of(row, int(token), count) for row, token in zip(logits, token_ids, strict=True)]

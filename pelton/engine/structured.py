@@ -110,7 +110,7 @@ class GrammarCompiler:
         self._threads = ThreadPoolExecutor(1, "pelton-grammar")
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
-        """A grammar at its start.
+        """A grammar at its start, which others get as well: each sequence follows a copy.
 
         Raises:
             RequestError: it is no valid schema, regex or grammar, nothing satisfies it, or it is too large.
@@ -124,7 +124,7 @@ class GrammarCompiler:
                 if len(self._kept) > _KEPT:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(key)
-            return grammar.copy()
+            return grammar
 
     def _compiled(self, kind: str, text: str) -> Grammar:
         from llguidance import LLMatcher, LLTokenizer

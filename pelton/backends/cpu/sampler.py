@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ...config import SamplingParams
 from ...outputs import Logprob
-from ..base import MAX_VOCAB, SampledToken, SampleSpec, SamplingError, processed_row
+from ..base import MAX_VOCAB, SampledToken, SampleSpec, SamplingError, check_rows, processed_row
 
 if TYPE_CHECKING:
     from . import _native
@@ -19,7 +19,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class NativeSampler:
-    """A :data:`pelton.backends.base.Sampler`. Keeps what it has made ready of a request in the request's spec.
+    """A :class:`pelton.backends.base.Sampler`. Keeps what it has made ready of a request in the request's spec.
 
     executor: the native one, whose threads share the rows between its steps.
     """
@@ -30,17 +30,7 @@ class NativeSampler:
     def __call__(
         self, logits: Floats, specs: Sequence[SampleSpec], drafts: Sequence[Sequence[int]] | None = None
     ) -> list[SampledToken]:
-        """Choose one token per row of ``logits`` (float32 [N, vocab]), which are not changed.
-
-        Several rows may have the same spec: ``drafts[i]`` are tokens that row i's history has after the output.
-
-        Raises:
-            SamplingError: a row holds NaN or +inf, or nothing but -inf: the model or a kernel is broken. Or
-                mask and ``allowed_token_ids`` leave nothing.
-            ValueError: the parameters name a token that the row does not have.
-        """
-        if logits.ndim != 2 or logits.shape[0] != len(specs) or (drafts is not None and len(drafts) != len(specs)):
-            raise RuntimeError(f"logits of shape {logits.shape} for {len(specs)} sequences to sample")
+        check_rows(logits, specs, drafts)
         if not specs:
             return []
         requests = [spec.sampler_state or _prepare(spec) for spec in specs]
@@ -66,8 +56,7 @@ class NativeSampler:
         Raises:
             RuntimeError: the shapes disagree, or a row is broken.
         """
-        if logits.ndim != 2 or logits.shape[0] != len(token_ids):
-            raise RuntimeError(f"logits of shape {logits.shape} for {len(token_ids)} tokens")
+        check_rows(logits, token_ids)
         wanted = np.array(token_ids, np.int32)
         entries = self._executor.logprobs(logits, wanted, min(count, logits.shape[1]))
         return [_logprobs(token, entry) for token, entry in zip(wanted.tolist(), entries, strict=True)]
