@@ -5,10 +5,11 @@
   file, and computed
 - speculation: time per token where an answer repeats its prompt, and where it does not
 - chunked prefill: the worst gap between two tokens while prompts of 1,500 tokens arrive
+- sampling: microseconds per row
 - the engine's own Python time per step
 
-Writes benchmarks/results/engine-NAME.json and the same as Markdown. Use an otherwise idle machine. Needs the extras
-demo and bench.
+Writes benchmarks/results/engine-NAME.json and the same as Markdown; with --parts, under a name that says which. Use an
+otherwise idle machine. Needs the extras demo and bench.
 
 Examples:
   python -m benchmarks.engine                       # all of it, some ten minutes
@@ -190,8 +191,45 @@ def python_time(rounds: int) -> list[Row]:
     return [{"what": f"{count} sequences", "us_per_step": spread(values)} for count, values in times.items()]
 
 
+def sampling(rounds: int) -> list[Row]:
+    """Microseconds per row of the model's own logits, one row, one thread: native, and the NumPy definition."""
+    from pelton.backends.base import Batch, SampleSpec, ScheduledSequence
+    from pelton.engine.sampling import HostSampler
+
+    history = {"repetition_penalty": 1.1, "frequency_penalty": 0.1}
+    cases: dict[str, Row] = {
+        "greedy": {}, "temperature": {"temperature": 1.0}, "top-k 50": {"temperature": 1.0, "top_k": 50},
+        "top-p 0.9": {"temperature": 1.0, "top_p": 0.9}, "typical-p 0.9": {"temperature": 1.0, "typical_p": 0.9},
+        "penalties over 700 tokens, greedy": history, "greedy, logprobs 5": {"logprobs": 5},
+    }  # fmt: skip
+    rows = []
+    with LLM(max_model_len=1024, threads=1) as llm:
+        assert llm.tokenizer is not None
+        executor, text = llm._parts.executor, llm.tokenizer.encode(TEXT)[:700]
+        blocks = tuple(range(-(-len(text) // 16)))
+        asked = ScheduledSequence("a", tuple(text), 0, blocks, SampleSpec(SamplingParams(), text, [], 0))
+        logits = executor.logits(Batch((asked,))).copy()
+        for name, given in cases.items():
+            params = SamplingParams(**({"temperature": 0.0} | given))
+            spec = SampleSpec(params, text[:350], text[350:], 7)
+            times: dict[str, list[float]] = {"native": [], "numpy": []}
+            for _ in range(rounds):
+                for kind, sampler, repeats in (("native", executor._sampler, 300), ("numpy", HostSampler(), 10)):
+                    best = min(_seconds(sampler, logits, spec) for _ in range(repeats))
+                    times[kind].append(1e6 * best)
+            rows.append({"what": name, "native_us": spread(times["native"]), "numpy_us": spread(times["numpy"])})
+    return rows
+
+
+def _seconds(sampler: Any, logits: Any, spec: Any) -> float:
+    start = time.perf_counter()
+    sampler(logits, [spec])
+    return time.perf_counter() - start
+
+
 PARTS: dict[str, Callable[[int], list[Row]]] = {
-    "batching": batching, "prefix": prefix, "speculation": speculation, "chunks": chunks, "python_time": python_time,
+    "batching": batching, "prefix": prefix, "speculation": speculation, "chunks": chunks, "sampling": sampling,
+    "python_time": python_time,
 }  # fmt: skip
 
 
@@ -232,6 +270,8 @@ def main() -> None:
     text = markdown(results, about)
     print(text)
     name = "engine-" + "-".join(cpu.lower().split())
+    if set(asked.parts) != set(PARTS):
+        name += "-" + "-".join(asked.parts)
     (asked.output / f"{name}.json").write_text(json.dumps({"machine": where, "results": results}, indent=1) + "\n")
     (asked.output / f"{name}.md").write_text(text)
 
