@@ -138,6 +138,19 @@ public:
 
     double run(const Dims& dims, const std::vector<Indices>& inputs) { return run_step(dims, inputs, nullptr); }
 
+    void start(const Dims& dims, const std::vector<Indices>& inputs) {
+        with_step(dims, inputs, [&](Executor& executor, const int64_t* sizes, const auto& arrays) {
+            executor.start(sizes, arrays);
+            return 0.0;
+        });
+    }
+
+    double wait() {
+        const std::shared_ptr<State> state = get();
+        nb::gil_scoped_release release;
+        return state->executor.wait();
+    }
+
     double run_calls(const Dims& dims, const std::vector<Indices>& inputs, int64_t first, int64_t last) {
         return with_step(dims, inputs, [&](Executor& executor, const int64_t* sizes, const auto& arrays) {
             return executor.run_calls(sizes, arrays, first, last);
@@ -242,7 +255,7 @@ public:
         return nb::make_tuple(tokens, logprobs, failed);
     }
 
-    nb::list logprobs(Logits logits, Indices tokens, int64_t count) {
+    nb::tuple logprobs(Logits logits, Indices tokens, int64_t count) {
         const std::shared_ptr<State> state = get();
         std::unique_lock<std::mutex> lock(state->sampling, std::try_to_lock);
         if (!lock.owns_lock()) throw std::invalid_argument("the executor is sampling already");
@@ -264,11 +277,11 @@ public:
         for (int64_t i = 0; i < rows; ++i) {
             const SampleResult& result = state->results[i];
             if (result.status != SampleStatus::kDone) {
-                throw std::runtime_error("logits of row " + std::to_string(i) + " have a maximum that is not finite");
+                return nb::make_tuple(entries, nb::make_tuple(i, result.peak));
             }
             entries.append(entry(*state, result, i * count, count, vocab));
         }
-        return entries;
+        return nb::make_tuple(entries, nb::none());
     }
 
     void close() { state_.reset(); }
@@ -402,6 +415,9 @@ NB_MODULE(_native, m) {
              "Operands are (space, index, byte_offset); ValueError with the contract's text if they do not fit.")
         .def("run", &PyExecutor::run, "dims"_a, "inputs"_a.noconvert(),
              "Runs one step with dims (T, S, N); returns seconds.")
+        .def("start", &PyExecutor::start, "dims"_a, "inputs"_a.noconvert(),
+             "Begin a step beside the caller; wait() for it before anything else.")
+        .def("wait", &PyExecutor::wait, "Seconds of the step that was started.")
         .def("run_profiled", &PyExecutor::run_profiled, "dims"_a, "inputs"_a.noconvert(),
              "Like run, with a barrier after each stage; returns seconds per call.")
         .def("run_calls", &PyExecutor::run_calls, "dims"_a, "inputs"_a.noconvert(), "first"_a, "last"_a,

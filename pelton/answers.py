@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import SamplingParams
 from .errors import RequestError, TokenizerError
-from .outputs import CompletionOutput, RequestOutput
+from .outputs import CompletionOutput, Logprob, RequestOutput
 from .prompts import Detokenizer, EncodedPrompt, Tokenizer
 
 if TYPE_CHECKING:
@@ -76,12 +76,13 @@ class Answer:
         whole, params = self.completion, self.params
         assert isinstance(whole.token_ids, list)
         whole.token_ids.extend(new.token_ids)
+        if params.prompt_logprobs is not None and self.output.prompt_logprobs is None and new.token_ids:
+            self._decode(new.sequence.prompt_logprobs)
+            self.output.prompt_logprobs = [None, *new.sequence.prompt_logprobs]
         logprobs = None
         if whole.logprobs is not None:
             logprobs = [entry for entry in new.logprobs if entry is not None]
-            if self._tokenizer is not None:
-                for token_id, logprob in ((t, p) for entry in logprobs for t, p in entry.items()):
-                    logprob.decoded_token = self._tokenizer.decode([token_id], skip_special_tokens=False)
+            self._decode(logprobs)
             whole.logprobs.extend(logprobs)
             assert whole.cumulative_logprob is not None
             for token_id, entry in zip(new.token_ids, logprobs, strict=True):
@@ -119,6 +120,12 @@ class Answer:
         emitted, matched = self._stops.push(text, final)
         return emitted, matched
 
+    def _decode(self, entries: Sequence[dict[int, Logprob]]) -> None:
+        """Give log-probabilities the texts of their tokens."""
+        if self._tokenizer is not None:
+            for token_id, logprob in ((t, p) for entry in entries for t, p in entry.items()):
+                logprob.decoded_token = self._tokenizer.decode([token_id], skip_special_tokens=False)
+
     def metrics(self, metrics: RequestMetrics | None) -> None:
         """Take the stamps of the finished sequence; those of the first answer are the request's."""
         if self.completion.index == 0:
@@ -148,8 +155,6 @@ def answers_for(
 
     if params.stop and tokenizer is None:
         raise RequestError("stop strings need a tokenizer, and the checkpoint has none", "use stop_token_ids")
-    if params.prompt_logprobs is not None:
-        raise RequestError("prompt_logprobs is not supported yet", "leave it out")
     params = _with_token_ids(params, tokenizer, vocab_size)
     count = params.best_of or params.n
     asked = params
@@ -161,6 +166,8 @@ def answers_for(
         one = params if count == 1 else replace(params, n=1, best_of=None)
         if i and params.seed is not None:
             one = replace(one, seed=derive_seed(params.seed, i))
+        if i and params.prompt_logprobs is not None:  # the first brings them for all
+            one = replace(one, prompt_logprobs=None)
         answers.append(
             Answer(
                 request_id if count == 1 else f"{request_id}.{i}",

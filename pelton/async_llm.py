@@ -17,7 +17,8 @@ from .outputs import CompletionOutput, RequestOutput
 from .prompts import Conversation, EncodedPrompt, Prompt, Tokenizer, conversation, encode
 
 if TYPE_CHECKING:
-    from .engine.engine import EngineOutput, EngineStats, LLMEngine
+    from .engine.engine import EngineOutput, LLMEngine
+    from .engine.stats import EngineStats
     from .engine.structured import Grammar
     from .llm import Parts
 

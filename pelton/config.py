@@ -194,6 +194,7 @@ class EngineConfig:
     batching: Literal["inflight", "dynamic", "static"] = "inflight"  # the others only to see the difference
     batching_delay: float | None = None  # seconds such a batch waits to fill; None: 0.05 dynamic, 1 static
     num_speculative_tokens: int = 0  # longest draft, guessed from the text so far; 0: no speculation
+    async_scheduling: bool = True  # decide on a step of decodes while the one before it runs
     enable_prefix_caching: bool = True  # find what earlier requests have computed
     block_size: int = 16  # tokens per KV block; 16 keys fill one 512-bit register
     kv_cache_memory: int | None = None  # bytes; None: room for max_num_seqs, within free memory

@@ -22,7 +22,8 @@ from .outputs import RequestOutput
 from .prompts import Conversation, EncodedPrompt, Prompt, Tokenizer, as_list, conversation, encode
 
 if TYPE_CHECKING:
-    from .engine.engine import EngineStats, LLMEngine
+    from .engine.engine import LLMEngine
+    from .engine.stats import EngineStats
 
 Params: TypeAlias = "SamplingParams | Sequence[SamplingParams] | None"
 
@@ -397,6 +398,7 @@ def engine_of(parts: Parts, config: EngineConfig) -> LLMEngine:
         batching=config.batching,
         batching_delay=config.batching_delay,
         num_speculative_tokens=config.num_speculative_tokens,
+        async_scheduling=config.async_scheduling,
         enable_prefix_caching=config.enable_prefix_caching,
         eos_token_ids=parts.eos_token_ids,
         vocab_size=parts.vocab_size,

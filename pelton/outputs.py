@@ -47,7 +47,7 @@ class CompletionOutput:
     text: str = ""
     token_ids: Sequence[int] = ()
     logprobs: list[dict[int, Logprob]] | None = None
-    finish_reason: str | None = None  # "stop" | "length" | "abort" | "timeout"; None: not finished
+    finish_reason: str | None = None  # "stop" | "length" | "abort" | "timeout" | "error"; None: not finished
     stop_reason: int | str | None = None
     cumulative_logprob: float | None = None
 
@@ -60,7 +60,9 @@ class CompletionOutput:
 class RequestOutput:
     """A prompt and its answers. ``prompt`` is None for a prompt given as token ids.
 
-    ``metrics`` belongs to the first answer; it is None until that is finished.
+    ``metrics`` belongs to the first answer; it is None until that is finished. ``prompt_logprobs``, if asked for: None
+    for the first token of the prompt, then by token id the log-probability of the one that is there and of the
+    likeliest.
     """
 
     request_id: str
@@ -69,3 +71,4 @@ class RequestOutput:
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = False
     metrics: RequestMetrics | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None

@@ -6,6 +6,7 @@ import asyncio
 import functools
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pelton import LLM, AsyncLLM, PeltonError, SamplingParams
@@ -43,6 +44,7 @@ def alone() -> list[list[int]]:
     [
         {},
         {"enable_prefix_caching": False},
+        {"async_scheduling": False},
         {"max_num_batched_tokens": 7, "max_num_seqs": 5},
         {"max_num_seqs": 2},
         {"batching": "static"},
@@ -168,3 +170,30 @@ def test_a_prefix_from_a_file_on_every_backend(tmp_path, kv_cache_dtype):
             (again,) = llm.generate([prompt], params)
             assert llm.get_stats().cached_tokens == 64
         assert list(again.outputs[0].token_ids) == list(one.outputs[0].token_ids)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_beside_a_request_whose_logits_are_broken(ahead):
+    def breaks(prompt: list[int], output: list[int], logits: Any) -> Any:
+        return logits * np.float32("nan") if len(output) == 5 else logits
+
+    broken = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, logits_processors=[breaks])
+    with LLM(max_model_len=512, async_scheduling=ahead) as llm:
+        outputs = llm.generate(PROMPTS[:3], [GREEDY, broken, GREEDY])
+        stats = llm.get_stats()
+        assert (stats.steps_ahead > 0.8 * stats.steps) == ahead
+        assert llm.generate(PROMPTS[1], GREEDY)[0].outputs[0].token_ids == alone()[1]
+    assert [o.outputs[0].finish_reason for o in outputs] == ["length", "error", "length"]
+    assert "maximum nan" in outputs[1].outputs[0].stop_reason
+    assert [list(o.outputs[0].token_ids) for o in outputs] == [alone()[0], alone()[1][:5], alone()[2]]
+
+
+def test_drained_in_the_middle(tmp_path):
+    """What touches the cache between two steps waits for the one that runs, and loses nothing of it."""
+    with LLM(max_model_len=512) as llm:
+        stream = llm.stream(PROMPTS[0], GREEDY)
+        got = [token for _ in range(5) for token in next(stream).outputs[0].token_ids]
+        assert llm.save_prefix(PROMPTS[1], tmp_path / "prefix") > 0
+        assert llm.load_prefix(tmp_path / "prefix") > 0
+        got += [token for piece in stream for token in piece.outputs[0].token_ids]
+    assert got == alone()[0]

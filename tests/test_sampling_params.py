@@ -54,7 +54,6 @@ def test_what_names_tokens_is_normalised():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        (SamplingParams(prompt_logprobs=1), "prompt_logprobs is not supported yet"),
         (SamplingParams(logit_bias={VOCAB_SIZE: 1}), f"logit_bias names token id {VOCAB_SIZE}"),
         (SamplingParams(allowed_token_ids=[1, VOCAB_SIZE]), f"allowed_token_ids names token id {VOCAB_SIZE}"),
         (SamplingParams(bad_words=[[1, VOCAB_SIZE]]), f"bad_words names token id {VOCAB_SIZE}"),

@@ -58,7 +58,28 @@ Executor::Executor(const std::string& isa, int threads, int64_t arena_bytes)
     shares_ = std::make_unique<Share[]>(2 * static_cast<size_t>(threads));
 }
 
-Executor::~Executor() = default;
+Executor::~Executor() {
+    if (!driver_.joinable()) return;
+    if (!pool_.in_own_process()) {  // after a fork there is nothing to join
+        new std::thread(std::move(driver_));
+        return;
+    }
+    for (uint32_t turn; (turn = driver_turn_.load(std::memory_order_acquire)) % 2;) driver_turn_.wait(turn);
+    stop_.store(true, std::memory_order_relaxed);
+    driver_turn_.fetch_add(1);
+    driver_turn_.notify_all();
+    driver_.join();
+}
+
+Executor::Claim::Claim(std::atomic<bool>& busy) : busy_(busy) {
+    if (busy_.exchange(true, std::memory_order_acquire)) {
+        throw std::invalid_argument("the executor is running a step already");
+    }
+}
+
+Executor::Claim::~Claim() {
+    if (!kept_) busy_.store(false, std::memory_order_release);
+}
 
 int Executor::add_constant(const char* data, int64_t bytes) {
     pool_.placement().share_out(data, bytes);
@@ -84,8 +105,8 @@ void Executor::reject(const Contract& contract, const std::string& why) const {
 
 void Executor::add_call(const std::string& kernel, const std::vector<OperandRef>& operands,
                         const std::vector<int64_t>& ints, const std::vector<double>& floats) {
-    pool_.require_own_process();  // before the lock, which the fork may have copied locked
-    std::lock_guard<std::mutex> lock(running_);
+    pool_.require_own_process();  // before the claim, which the fork may have copied
+    Claim claim(busy_);
     DefaultFloatMode mode;  // for the conversion of `floats`
     const Contract* contract = find_contract(kernel);
     if (!contract) throw std::invalid_argument("unknown kernel '" + kernel + "'");
@@ -293,8 +314,7 @@ double Executor::run_calls(const int64_t dims[3], const std::vector<StepInput>& 
 
 void Executor::run_on_threads(const std::function<void(int)>& body, bool alone) {
     pool_.require_own_process();
-    std::unique_lock<std::mutex> lock(running_, std::try_to_lock);
-    if (!lock.owns_lock()) throw std::invalid_argument("the executor is running a step already");
+    Claim claim(busy_);
     if (alone) {
         DefaultFloatMode mode;
         body(0);
@@ -307,8 +327,7 @@ void Executor::run_on_threads(const std::function<void(int)>& body, bool alone) 
 double Executor::run_range(const int64_t dims[3], const std::vector<StepInput>& inputs, std::vector<double>* per_call,
                            int64_t first, int64_t last) {
     pool_.require_own_process();
-    std::unique_lock<std::mutex> lock(running_, std::try_to_lock);
-    if (!lock.owns_lock()) throw std::invalid_argument("the executor is running a step already");
+    Claim claim(busy_);
     const auto count = static_cast<int64_t>(calls_.size());
     if (last > count) throw std::invalid_argument("there are " + std::to_string(count) + " calls");
     const double start = seconds_now();
@@ -317,6 +336,41 @@ double Executor::run_range(const int64_t dims[3], const std::vector<StepInput>& 
     const auto body = [&](int thread) { walk(thread, per_call); };
     pool_.run(body);
     return seconds_now() - start;
+}
+
+void Executor::start(const int64_t dims[3], const std::vector<StepInput>& inputs) {
+    pool_.require_own_process();
+    Claim claim(busy_);
+    const double start = seconds_now();
+    if (!driver_.joinable()) driver_ = std::thread([this] { drive(); });
+    plan(dims, inputs, 0, calls_.size());
+    claim.keep();
+    started_ = true;
+    seconds_ = seconds_now() - start;
+    driver_turn_.fetch_add(1);
+    driver_turn_.notify_all();
+}
+
+double Executor::wait() {
+    pool_.require_own_process();
+    if (!started_) throw std::invalid_argument("no step was started");
+    for (uint32_t turn; (turn = driver_turn_.load(std::memory_order_acquire)) % 2;) driver_turn_.wait(turn);
+    started_ = false;
+    busy_.store(false, std::memory_order_release);
+    return seconds_;
+}
+
+void Executor::drive() {
+    for (;;) {
+        for (uint32_t turn; (turn = driver_turn_.load(std::memory_order_acquire)) % 2 == 0;) driver_turn_.wait(turn);
+        if (stop_.load(std::memory_order_relaxed)) return;
+        const double start = seconds_now();
+        const auto body = [&](int thread) { walk(thread, nullptr); };
+        pool_.run(body);
+        seconds_ += seconds_now() - start;
+        driver_turn_.fetch_add(1);
+        driver_turn_.notify_all();
+    }
 }
 
 }  // namespace pelton::cpu

@@ -4,8 +4,8 @@
 #include <atomic>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cpu/contract.h"
@@ -52,6 +52,10 @@ public:
     // Throws std::runtime_error in a process forked after the executor was made.
     // Returns seconds. With `per_call`, also the seconds of each call, with a barrier after each stage.
     double run(const int64_t dims[3], const std::vector<StepInput>& inputs, std::vector<double>* per_call = nullptr);
+    // The same beside the caller, by a thread of the executor's own. What the caller did wrong is thrown by start(),
+    // and nothing runs then. Between the two the executor may only be destroyed, which waits.
+    void start(const int64_t dims[3], const std::vector<StepInput>& inputs);
+    double wait();  // seconds of the step that was started last
     // Only the calls [first, last), on what earlier runs left in the arena: to measure an op by itself.
     double run_calls(const int64_t dims[3], const std::vector<StepInput>& inputs, int64_t first, int64_t last);
     std::shared_ptr<Mapping> arena() const { return arena_; }
@@ -96,6 +100,19 @@ private:
         std::atomic<uint64_t> bounds_{0};  // the first in the lower half, the end in the upper
     };
 
+    // At most one step, or whatever else runs on the threads: throws std::invalid_argument if there is one.
+    class Claim {
+    public:
+        explicit Claim(std::atomic<bool>& busy);
+        ~Claim();
+        void keep() { kept_ = true; }  // somebody else lets go
+
+    private:
+        std::atomic<bool>& busy_;
+        bool kept_ = false;
+    };
+
+    void drive();
     void copy_inputs(const std::vector<StepInput>& inputs);
     void plan(const int64_t dims[3], const std::vector<StepInput>& inputs, size_t first, size_t last);
     double run_range(const int64_t dims[3], const std::vector<StepInput>& inputs, std::vector<double>* per_call,
@@ -113,7 +130,12 @@ private:
     std::vector<PlannedCall> calls_;
     int num_inputs_ = 0;
 
-    std::mutex running_;
+    std::atomic<bool> busy_{false};
+    std::thread driver_;                    // runs what was started; begun by the first start()
+    std::atomic<uint32_t> driver_turn_{0};  // odd: the driver's, even: the caller's
+    std::atomic<bool> stop_{false};
+    bool started_ = false;
+    double seconds_ = 0.0;  // of the step that was started
     Step step_;
     std::vector<int32_t> input_values_;  // what step_.inputs point to; only grows
     std::vector<Work> work_;

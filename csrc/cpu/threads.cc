@@ -90,7 +90,7 @@ ThreadPool::ThreadPool(int threads) : threads_(threads), process_(getpid()), pla
 }
 
 ThreadPool::~ThreadPool() {
-    if (process_ == getpid()) {
+    if (in_own_process()) {
         stop();
     } else {
         // There is nothing to join after a fork, and the handles may point to memory that is gone.
@@ -98,8 +98,10 @@ ThreadPool::~ThreadPool() {
     }
 }
 
+bool ThreadPool::in_own_process() const { return process_ == getpid(); }
+
 void ThreadPool::require_own_process() const {
-    if (process_ == getpid()) return;
+    if (in_own_process()) return;
     throw std::runtime_error(
         "the executor was made before fork() and has no threads here; make the model in the child process");
 }

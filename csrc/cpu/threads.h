@@ -57,6 +57,7 @@ public:
     const Placement& placement() const { return placement_; }
     // A child of fork() has none of the threads and would wait for them for ever: throws there.
     void require_own_process() const;
+    bool in_own_process() const;
     // Runs body(thread) on all threads and returns when all are done. One caller at a time.
     // The body must not throw.
     void run(const std::function<void(int)>& body);

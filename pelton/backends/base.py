@@ -6,7 +6,7 @@ tensor library or a device, so a fake, the NumPy oracle, the CPU and a GPU are t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -31,7 +31,8 @@ class SampleSpec:
     """How to choose the token that follows a sequence's last scheduled token.
 
     ``params`` is a :class:`pelton.config.SamplingParams`. ``prompt_token_ids`` and
-    ``output_token_ids`` are the history that penalties look at; the executor does not change them.
+    ``output_token_ids`` are the history that penalties look at; the executor does not change them, and reads them
+    when the step is collected: by then they have the tokens of all steps before it.
     ``seed`` is the request's resolved seed; together with ``len(output_token_ids)`` it determines the
     random number, so a request draws the same tokens whatever else is in the batch.
 
@@ -53,12 +54,18 @@ class SampleSpec:
     sampler_state: Any = field(default=None, init=False, compare=False, repr=False)
 
 
+#: In place of a sequence's last token: the one that the step before this samples for the same request.
+PENDING = -1
+
+
 class ScheduledSequence(NamedTuple):
     """One sequence's share of a step: ``token_ids`` at positions ``num_computed_tokens`` and up.
 
-    ``block_ids`` covers positions [0, num_computed_tokens + len(token_ids)).
+    The last of them may be ``PENDING``. ``block_ids`` covers positions [0, num_computed_tokens + len(token_ids)).
     ``sample`` is None for a prefill chunk that does not reach the end of the prompt. The last ``num_drafts`` tokens
     are guesses: tokens are sampled after the one before them, and after each of them.
+    ``targets[i]`` is the token whose log-probability after ``token_ids[i]`` is wanted, besides those of the ``num_top``
+    likeliest: the next of the prompt. Where there are any, only the last of ``token_ids`` may be without.
     """
 
     request_id: str
@@ -67,6 +74,15 @@ class ScheduledSequence(NamedTuple):
     block_ids: tuple[int, ...]
     sample: SampleSpec | None
     num_drafts: int = 0
+    targets: tuple[int, ...] = ()
+    num_top: int = 0
+
+    @property
+    def num_logits(self) -> int:
+        """Rows of logits that are needed: of the last tokens of the sequence."""
+        if self.targets:
+            return len(self.token_ids)
+        return 0 if self.sample is None else 1 + self.num_drafts
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +119,16 @@ class StepStats:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """``tokens[i]`` are those sampled for the i-th scheduled sequence: none, one, or one more than it has drafts."""
+    """``tokens[i]`` are those sampled for the i-th scheduled sequence: none, one, or one more than it has drafts.
+
+    ``failures`` says why none could be, by the index of the sequence: its logits are broken, or leave no token.
+    ``targets`` has, by that index, the log-probabilities that were wanted: of the target, then the likeliest.
+    """
 
     tokens: tuple[Sequence[SampledToken], ...]
     stats: StepStats = field(default_factory=StepStats)
+    failures: Mapping[int, str] = field(default_factory=dict)
+    targets: Mapping[int, Sequence[dict[int, Logprob]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +180,16 @@ class Sampler(Protocol):
         """
         ...
 
+    def logprobs(
+        self, logits: npt.NDArray[np.float32], token_ids: Sequence[int], count: int
+    ) -> list[dict[int, Logprob]]:
+        """Per row of ``logits``, the log-probability of ``token_ids[i]`` and of the ``count`` most likely.
+
+        Raises:
+            SamplingError: a row is broken.
+        """
+        ...
+
 
 def check_rows(logits: npt.NDArray[np.float32], *per_row: Sequence[Any] | None) -> None:
     """Raises RuntimeError unless there is one of each for every row of logits."""
@@ -176,11 +208,9 @@ class SamplingError(RuntimeError):
     The model, a kernel or a logits processor is broken, or mask and allowed_token_ids have no token in common.
     """
 
-    def __init__(self, row: int, rows: int, spec: SampleSpec, reason: str) -> None:
-        super().__init__(
-            f"logits of request row {row} of {rows} (seed {spec.seed},"
-            f" {len(spec.output_token_ids)} output tokens) have {reason}"
-        )
+    def __init__(self, row: int, rows: int, spec: SampleSpec | None, reason: str) -> None:
+        what = "" if spec is None else f" (seed {spec.seed}, {len(spec.output_token_ids)} output tokens)"
+        super().__init__(f"logits of request row {row} of {rows}{what} have {reason}")
         self.row = row
 
 
@@ -202,7 +232,11 @@ def processed_row(row: npt.NDArray[np.float32], spec: SampleSpec, draft: Sequenc
 
 
 class Executor(Protocol):
-    """Runs steps in the order of submission. At most one caller thread."""
+    """Runs steps in the order of submission. At most one caller thread.
+
+    Two may be on their way: while one runs, the next can be submitted, and starts when the first is collected or
+    sooner. A step that fails takes the one behind it with it; its ticket is void.
+    """
 
     @property
     def kv_spec(self) -> KVSpec: ...
@@ -212,7 +246,7 @@ class Executor(Protocol):
         ...
 
     def collect(self, ticket: int) -> StepOutput:
-        """Wait for a step. Tickets are collected in the order of submission."""
+        """Wait for a step, and sample. Tickets are collected in the order of submission."""
         ...
 
     def read_blocks(self, block_ids: Sequence[int]) -> list[npt.NDArray[np.uint8]]:

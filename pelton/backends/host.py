@@ -1,33 +1,66 @@
-"""What executors on the host share: a batch becomes arrays, the step runs at once, logits become tokens."""
+"""What executors on the host share: a batch becomes arrays, the step runs, logits become tokens."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from ..graph.cost import Cost
-from .base import Batch, KVSpec, SampledToken, Sampler, SampleSpec, StepOutput, StepStats
+from ..outputs import Logprob
+from .base import (
+    Batch,
+    KVSpec,
+    SampledToken,
+    Sampler,
+    SampleSpec,
+    SamplingError,
+    ScheduledSequence,
+    StepOutput,
+    StepStats,
+)
 from .step_inputs import StepInputs, step_inputs
+
+
+@dataclass(slots=True)
+class _Step:
+    ticket: int
+    batch: Batch
+    inputs: StepInputs
+    flops: float
+    bytes: float
+    begun: bool = False
+    error: Exception | None = None  # why it could not begin
 
 
 class HostExecutor:
     """An :class:`~pelton.backends.base.Executor` but for ``_run``, ``_block_bytes`` and ``close``.
 
-    Steps run inside ``submit``; ``collect`` hands out results. flops and bytes: the cost of a step.
+    A step begins when the one before it has been collected, as its logits lie where the next ones will; if none follows
+    it, inside ``collect``. flops and bytes: the cost of a step.
     """
 
     def __init__(self, kv_spec: KVSpec, sampler: Sampler, flops: Cost, bytes: Cost) -> None:
         self._kv_spec = kv_spec
         self._sampler = sampler
         self._flops, self._bytes = flops, bytes
-        self._tickets: dict[int, StepOutput] = {}
+        self._steps: deque[_Step] = deque()  # the first one runs
+        self._sampled: dict[str, int] = {}  # the last token of each sequence that the last step sampled from
         self._next_ticket = 0
 
     def _run(self, inputs: StepInputs) -> tuple[npt.NDArray[np.float32], float]:
         """Run a step: float32 logits [N, vocab], and seconds."""
         raise NotImplementedError
+
+    def _begin(self, inputs: StepInputs) -> None:
+        """Start a step beside the caller, if the backend can."""
+
+    def _wait(self, inputs: StepInputs) -> tuple[npt.NDArray[np.float32], float]:
+        """What ``_run`` gives of the step that was begun."""
+        return self._run(inputs)
 
     def _block_bytes(self) -> list[npt.NDArray[np.uint8]]:
         """Views of the caches that may be written to: uint8 [num_blocks, bytes of a block] per layer."""
@@ -58,37 +91,109 @@ class HostExecutor:
         return self._run(step_inputs(batch, self._kv_spec.block_size, every=every))[0]
 
     def submit(self, batch: Batch) -> int:
+        self._next_ticket += 1
         inputs = step_inputs(batch, self._kv_spec.block_size)
-        if batch.copies:
-            sources, targets = zip(*batch.copies, strict=True)
+        flops, num_bytes = inputs.shape.evaluate(self._flops), inputs.shape.evaluate(self._bytes)
+        step = _Step(self._next_ticket, batch, inputs, flops, num_bytes)
+        if not self._steps:
+            self._prepare(step)
+        elif not self._steps[0].begun:
+            self._start(self._steps[0])
+        self._steps.append(step)
+        return step.ticket
+
+    def _start(self, step: _Step) -> None:
+        step.begun = True
+        try:
+            self._begin(step.inputs)
+        except Exception as error:  # whoever asks next is told something else: it is kept for who collects
+            step.error = error
+
+    def _prepare(self, step: _Step) -> None:
+        """What is to be done when the step before this one has been sampled from."""
+        copies = step.batch.copies
+        if copies:
+            sources, targets = zip(*copies, strict=True)
             for cache in self._block_bytes():
                 cache[list(targets)] = cache[list(sources)]
-        logits, seconds = self._run(inputs)
-        stats = StepStats(seconds, inputs.shape.evaluate(self._flops), inputs.shape.evaluate(self._bytes))
-        self._next_ticket += 1
-        self._tickets[self._next_ticket] = StepOutput(self._sample(batch, logits), stats)
-        return self._next_ticket
+        if step.inputs.pending:
+            token_ids = step.inputs.arrays["token_ids"]
+            for place, request_id in step.inputs.pending:
+                # One whose sampling failed has none, and nobody will look at what follows.
+                token_ids[place] = self._sampled.get(request_id, 0)
 
     def collect(self, ticket: int) -> StepOutput:
-        return self._tickets.pop(ticket)
+        step = self._steps.popleft()
+        try:
+            if step.ticket != ticket:
+                raise RuntimeError(f"step {ticket} is collected out of turn, or failed with the one before it")
+            if step.error is not None:
+                raise step.error
+            # A thread to run it beside the caller is worth its while only if the caller has something to do.
+            logits, seconds = self._wait(step.inputs) if step.begun else self._run(step.inputs)
+            output = self._sample(step.batch, logits, StepStats(seconds, step.flops, step.bytes))
+        except BaseException:
+            self._steps.clear()
+            raise
+        if self._steps:
+            self._sampled = {
+                s.request_id: new[-1].token_id
+                for s, new in zip(step.batch.sequences, output.tokens, strict=True)
+                if new
+            }
+            self._prepare(self._steps[0])
+            self._start(self._steps[0])
+        return output
 
-    def _sample(self, batch: Batch, logits: npt.NDArray[np.float32]) -> tuple[Sequence[SampledToken], ...]:
-        """Tokens in the order of the batch's sequences; ``logits`` has a row for each that is sampled."""
-        specs = [s.sample for s in batch.sequences if s.sample is not None]
-        if any(s.num_drafts for s in batch.sequences):
-            return self._sample_drafts(batch, logits)
-        tokens = iter(self._sampler(logits, specs) if specs else [])
-        return tuple([() if s.sample is None else (next(tokens),) for s in batch.sequences])
+    def _sample(self, batch: Batch, logits: npt.NDArray[np.float32], stats: StepStats) -> StepOutput:
+        """What a step brought, given its logits: the rows that the sequences need, one after the other."""
+        if any(s.targets for s in batch.sequences):
+            return self._sample_apart(batch, logits, stats)
+        sampled = [s for s in batch.sequences if s.sample is not None]
+        specs = [s.sample for s in sampled if s.sample is not None]
+        if not specs:
+            return StepOutput(((),) * len(batch.sequences), stats)
+        drafts: list[Sequence[int]] | None = None
+        if any(s.num_drafts for s in sampled):
+            specs, drafts = _with_drafts(sampled)
+        try:
+            rows = self._sampler(logits, specs, drafts)
+        except SamplingError:
+            return self._sample_apart(batch, logits, stats)
+        if len(rows) == len(batch.sequences) == len(sampled):
+            return StepOutput(tuple([(token,) for token in rows]), stats)
+        tokens = iter(rows)
+        return StepOutput(tuple([[next(tokens) for _ in range(s.num_logits)] for s in batch.sequences]), stats)
 
-    def _sample_drafts(self, batch: Batch, logits: npt.NDArray[np.float32]) -> tuple[Sequence[SampledToken], ...]:
-        specs: list[SampleSpec] = []
-        drafts: list[tuple[int, ...]] = []  # what each row takes for granted
-        for sequence in batch.sequences:
-            if sequence.sample is not None:
-                draft = sequence.token_ids[len(sequence.token_ids) - sequence.num_drafts :]
-                specs += [sequence.sample] * (len(draft) + 1)
-                drafts += [draft[:i] for i in range(len(draft) + 1)]
-        tokens = iter(self._sampler(logits, specs, drafts))
-        return tuple(
-            [() if s.sample is None else [next(tokens) for _ in range(s.num_drafts + 1)] for s in batch.sequences]
-        )
+    def _sample_apart(self, batch: Batch, logits: npt.NDArray[np.float32], stats: StepStats) -> StepOutput:
+        """The same sequence by sequence: some want log-probabilities of their prompt, or one cannot be sampled from
+        and the others shall not suffer."""
+        tokens: list[Sequence[SampledToken]] = []
+        failures: dict[int, str] = {}
+        targets: dict[int, list[dict[int, Logprob]]] = {}
+        end = 0
+        for index, sequence in enumerate(batch.sequences):
+            start, end = end, end + sequence.num_logits
+            tokens.append(())
+            try:
+                if sequence.targets:
+                    wanted = logits[start : start + len(sequence.targets)]
+                    targets[index] = self._sampler.logprobs(wanted, sequence.targets, sequence.num_top)
+                if sequence.sample is not None:
+                    specs, drafts = _with_drafts([sequence])
+                    tokens[index] = self._sampler(logits[end - len(specs) : end], specs, drafts)
+            except SamplingError as error:
+                failures[index] = str(error)
+        return StepOutput(tuple(tokens), stats, failures, targets)
+
+
+def _with_drafts(sequences: Sequence[ScheduledSequence]) -> tuple[list[SampleSpec], list[Sequence[int]]]:
+    """Of each row of logits: the spec, and what it takes for granted."""
+    specs: list[SampleSpec] = []
+    drafts: list[Sequence[int]] = []
+    for sequence in sequences:
+        assert sequence.sample is not None
+        draft = sequence.token_ids[len(sequence.token_ids) - sequence.num_drafts :]
+        specs += [sequence.sample] * (len(draft) + 1)
+        drafts += [draft[:i] for i in range(len(draft) + 1)]
+    return specs, drafts

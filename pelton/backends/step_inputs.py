@@ -8,17 +8,21 @@ import numpy as np
 import numpy.typing as npt
 
 from ..graph.cost import StepShape
-from .base import Batch
+from .base import PENDING, Batch
 
 Ints = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """int32 arrays by input name, and the sizes for the cost model."""
+    """int32 arrays by input name, and the sizes for the cost model.
+
+    pending: where in ``token_ids`` a token is missing, and of which request.
+    """
 
     arrays: dict[str, Ints]
     shape: StepShape
+    pending: tuple[tuple[int, str], ...] = ()
 
     @property
     def dims(self) -> tuple[int, int, int]:
@@ -51,8 +55,9 @@ def step_inputs(batch: Batch, block_size: int, *, every: bool = False) -> StepIn
         indices = np.arange(starts[-1])
     else:
         ends = zip(sequences, starts[1:].tolist(), strict=True)
-        sampled = [range(end - 1 - s.num_drafts, end) for s, end in ends if s.sample is not None]
-        indices = np.array([i for rows in sampled for i in rows], np.int64)
+        indices = np.array([i for s, end in ends for i in range(end - s.num_logits, end)], np.int64)
+    pending = [(end - 1, s.request_id) for s, end in zip(sequences, starts[1:].tolist(), strict=True)
+               if s.token_ids[-1] == PENDING]  # fmt: skip
     arrays = {
         "token_ids": np.fromiter((t for s in sequences for t in s.token_ids), np.int32, int(starts[-1])),
         "positions": positions.astype(np.int32),
@@ -62,4 +67,4 @@ def step_inputs(batch: Batch, block_size: int, *, every: bool = False) -> StepIn
         "query_start_loc": starts,
         "logits_indices": indices.astype(np.int32),
     }
-    return StepInputs(arrays, StepShape(counts, seq_lens, len(indices)))
+    return StepInputs(arrays, StepShape(counts, seq_lens, len(indices)), tuple(pending))

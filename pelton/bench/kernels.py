@@ -394,9 +394,7 @@ class _Executor(CpuExecutor):
 def _executor(case: Case, program: Program, kv_spec: KVSpec, isa: str, threads: int) -> CpuExecutor:
     types = {c.expr.name: c.expr.tensor for c in program.constants if c.expr is not None}
     try:
-        return _Executor(
-            program, lambda name: random_weight(types[name]), kv_spec, lambda *_: [], isa=isa, threads=threads
-        )
+        return _Executor(program, lambda name: random_weight(types[name]), kv_spec, isa=isa, threads=threads)
     except ValueError as error:  # a kernel's contract: no such type on this tier
         raise _SkippedError(str(error)) from None
 

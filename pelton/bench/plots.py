@@ -43,14 +43,14 @@ def over_time(runs: Sequence[tuple[Variant, Replay]], title: str, subtitle: str,
     with _figure(title, subtitle, path, rows=3, height=7.4, ratios=(2.2, 1, 1)) as axes:
         rate, running, kv_use = axes
         for colour, (variant, run) in zip(_cycle(len(runs)), runs, strict=True):
-            bins = min(_BINS, max(1, len(run.moments) // _STEPS_PER_BIN))
+            bins = min(_BINS, max(1, len(run.steps) // _STEPS_PER_BIN))
             edges = [i * run.seconds / bins for i in range(bins + 1)]
             rate.stairs(
                 output_rate(run, bins), edges, baseline=None, color=colour, label=variant.batching, linewidth=1.8
             )
-            times = [0.0, *(m.time - run.start for m in run.moments)]
-            running.step(times, [0, *(m.num_running for m in run.moments)], color=colour, linewidth=1.2, where="pre")
-            kv_use.plot(times, [0.0, *(100 * m.kv_use for m in run.moments)], color=colour, linewidth=1.2)
+            times = [0.0, *(m.time - run.start for m in run.steps)]
+            running.step(times, [0, *(m.num_running for m in run.steps)], color=colour, linewidth=1.2, where="pre")
+            kv_use.plot(times, [0.0, *(100 * m.kv_use for m in run.steps)], color=colour, linewidth=1.2)
         for axis, what in ((rate, "output tokens/s"), (running, "sequences running"), (kv_use, "KV cache in use, %")):
             axis.set_title(what)
             axis.set_ylim(bottom=0)

@@ -6,19 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..engine.engine import EngineStats, LLMEngine
+from ..engine.engine import LLMEngine
+from ..engine.stats import EngineStats, StepRecord
 from ..metrics import RequestMetrics
 from .workloads import WorkloadRequest
-
-
-@dataclass(frozen=True, slots=True)
-class Moment:
-    """The engine after a step, at ``time`` seconds of its clock. kv_use: fraction of the KV blocks in use."""
-
-    time: float
-    num_running: int
-    num_waiting: int
-    kv_use: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +24,7 @@ class Replay:
     requests: tuple[RequestMetrics, ...]
     token_ids: tuple[tuple[int, ...], ...]
     stats: EngineStats
-    moments: tuple[Moment, ...] = ()
+    steps: tuple[StepRecord, ...] = ()
     idle_seconds: float = 0.0
 
     @property
@@ -83,7 +74,7 @@ def replay(
     count = len(requests)
     metrics: list[RequestMetrics | None] = [None] * count
     token_ids: list[list[int]] = [[] for _ in requests]
-    moments: list[Moment] = []
+    records: list[StepRecord] = []
     added, total, idle = 0, 0, 0.0
     start = clock()
     while added < count or engine.has_unfinished:
@@ -97,25 +88,24 @@ def replay(
             sleep(times[added] - now)
             idle += clock() - start - now
             continue
-        steps = engine.stats().steps
+        steps_before = engine.stats().steps
         for output in engine.step(flush=added == count):
             index = int(output.request_id)
             token_ids[index].extend(output.token_ids)
             total += len(output.token_ids)
             if output.metrics is not None:
                 metrics[index] = output.metrics
-        stats = engine.stats()
-        if stats.steps == steps:  # a batch waits to be filled
+        count_new = engine.stats().steps - steps_before
+        if not count_new:  # a batch waits to be filled
             sleep(_POLL)
             idle += _POLL
             continue
-        kv_use = 1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0
-        moments.append(Moment(clock(), stats.num_running, stats.num_waiting, kv_use))
+        records += engine.steps(count_new)
         on_tokens(total)
     finished = tuple(m for m in metrics if m is not None)
     if len(finished) != count:
         raise RuntimeError(f"{count - len(finished)} of {count} requests never ended")
-    return Replay(start, finished, tuple(map(tuple, token_ids)), engine.stats(), tuple(moments), idle)
+    return Replay(start, finished, tuple(map(tuple, token_ids)), engine.stats(), tuple(records), idle)
 
 
 def output_rate(replay: Replay, bins: int) -> list[float]:

@@ -127,7 +127,7 @@ def summary(done: Replay, peaks: Peaks | None, precision: str | None) -> dict[st
     the steps that only decode and their time in native code, as ``pelton run`` reports it. None: not measurable.
     """
     stats, seconds = done.stats, done.seconds
-    moments = done.moments
+    steps = done.steps
     row: dict[str, Any] = {
         "num_requests": len(done.requests),
         "prompt_tokens": done.prompt_tokens,
@@ -144,9 +144,9 @@ def summary(done: Replay, peaks: Peaks | None, precision: str | None) -> dict[st
         "steps": stats.steps,
         "device_seconds": stats.seconds,
         "preemptions": stats.preemptions,
-        "kv_use_max": max((m.kv_use for m in moments), default=0.0),
-        "running_mean": statistics.fmean([m.num_running for m in moments]) if moments else 0.0,
-        "running_max": max((m.num_running for m in moments), default=0),
+        "kv_use_max": max((m.kv_use for m in steps), default=0.0),
+        "running_mean": statistics.fmean([m.num_running for m in steps]) if steps else 0.0,
+        "running_max": max((m.num_running for m in steps), default=0),
         "output_sha256": output_digest(done),
     }
     return row

@@ -18,7 +18,7 @@ from ..errors import PeltonError, RequestError
 from . import options
 
 if TYPE_CHECKING:
-    from ..engine.engine import EngineStats
+    from ..engine.stats import EngineStats
     from ..llm import LLM
     from ..metrics import RequestMetrics
     from ..outputs import RequestOutput

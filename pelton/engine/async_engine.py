@@ -15,7 +15,8 @@ from typing import Any
 
 from ..config import SamplingParams
 from ..errors import PeltonError
-from .engine import EngineOutput, EngineStats, LLMEngine
+from .engine import EngineOutput, LLMEngine
+from .stats import EngineStats
 
 #: Seconds between two looks at a static or dynamic batch that waits to be filled.
 _POLL = 0.002

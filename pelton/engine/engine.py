@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import heapq
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +23,9 @@ from ..outputs import Logprob
 from .prefix_cache import CachePolicy, keys_of
 from .prefix_file import PrefixFileError, read_prefix, write_prefix
 from .request import FinishReason, Request, Sequence, Status, derive_seed
-from .scheduler import Batching, CapacityPolicy, Policy, Schedule, SchedulerState, schedule
+from .scheduler import Batching, CapacityPolicy, Policy, Schedule, SchedulerState, schedule, schedule_ahead
 from .speculation import NgramProposer, SpeculationControl, max_num_logits
+from .stats import EngineStats, StepRecord
 from .structured import Grammar
 
 
@@ -44,34 +47,16 @@ class EngineOutput:
     metrics: RequestMetrics | None = None
 
 
-@dataclass(slots=True)
-class EngineStats:
-    """Totals since the engine started, and what is live now.
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that was submitted."""
 
-    ``seconds``, ``flops`` and ``bytes`` are the executor's; the ``decode_`` ones count only steps that
-    decode and prefill nothing, since a mixed step says nothing about the bandwidth of decoding.
-    """
+    planned: Schedule
+    ticket: int
 
-    prompt_tokens: int = 0  # of requests that reached their first token
-    cached_tokens: int = 0  # prompt tokens of these that were found in the prefix cache and not computed
-    output_tokens: int = 0
-    steps: int = 0
-    preemptions: int = 0
-    draft_tokens: int = 0  # guessed by speculation
-    accepted_tokens: int = 0  # of these, right
-    seconds: float = 0.0
-    flops: float = 0.0
-    bytes: float = 0.0
-    decode_steps: int = 0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
-    decode_flops: float = 0.0
-    decode_bytes: float = 0.0
-    num_running: int = 0
-    num_waiting: int = 0
-    num_free_blocks: int = 0
-    num_cached_blocks: int = 0  # that hold something for the prefix cache, in use or free
-    num_blocks: int = 0
+
+#: Records of steps: some ten seconds to a minute of them.
+_STEPS_KEPT = 1024
 
 
 class LLMEngine:
@@ -88,6 +73,7 @@ class LLMEngine:
         batching: "inflight", or "dynamic" and "static", for comparison: see scheduler.py.
         batching_delay: seconds that the first of such a batch waits for others; None: the mode's own.
         num_speculative_tokens: longest draft; 0: no speculation.
+        async_scheduling: decide on a step of decodes while the one before it runs.
         enable_prefix_caching: find what earlier requests have computed.
         eos_token_ids: tokens that end a sequence unless the request ignores them.
         vocab_size: prompt tokens must be below it.
@@ -108,6 +94,7 @@ class LLMEngine:
         batching: Batching = "inflight",
         batching_delay: float | None = None,
         num_speculative_tokens: int = 0,
+        async_scheduling: bool = True,
         enable_prefix_caching: bool = True,
         eos_token_ids: frozenset[int],
         vocab_size: int,
@@ -127,7 +114,10 @@ class LLMEngine:
         self._state = SchedulerState(self._kv_spec.num_blocks, self._kv_spec.block_size, caching=enable_prefix_caching)
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap
         self._num_grammars = 0  # that were ever asked for: without any, steps need not look for them
-        self._timed_out: list[EngineOutput] = []  # that nobody knows yet: a step that fails has no outputs
+        self._ready: list[EngineOutput] = []  # that nobody knows yet: a step that fails has no outputs
+        self._flight: _Flight | None = None  # the step that runs
+        # With drafts, how many tokens a step brings is known at its end.
+        self._async_scheduling = async_scheduling and not num_speculative_tokens
         # A tokenizer may know ids beyond the logits; they are never sampled, and must not index them.
         self._eos_token_ids = frozenset(t for t in eos_token_ids if 0 <= t < vocab_size)
         self._vocab_size = vocab_size
@@ -135,6 +125,7 @@ class LLMEngine:
         self._clock = clock
         self._num_added = 0
         self._stats = EngineStats()
+        self._steps: deque[StepRecord] = deque(maxlen=_STEPS_KEPT)
 
     @property
     def max_model_len(self) -> int:
@@ -146,7 +137,7 @@ class LLMEngine:
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._state.running or self._state.waiting or self._timed_out)
+        return bool(self._state.running or self._state.waiting or self._ready)
 
     def add_request(
         self,
@@ -180,6 +171,9 @@ class LLMEngine:
         if self._state.find(request_id) is not None:
             raise RequestError(f"request id {request_id!r} is in use", "choose another one")
         max_total_tokens = self.validate(prompt, params)
+        cache = cache or CachePolicy()
+        if params.prompt_logprobs is not None:  # every token of the prompt is computed
+            cache, parent_id = replace(cache, read=False), None
         stop_token_ids = frozenset(params.stop_token_ids)
         ignore_eos = params.ignore_eos and grammar is None
         request = Request(
@@ -192,7 +186,7 @@ class LLMEngine:
             stop_token_ids=stop_token_ids if ignore_eos else stop_token_ids | self._eos_token_ids,
             priority=priority,
             deadline=deadline,
-            cache=cache or CachePolicy(),
+            cache=cache,
         )
         parent = self._state.find(parent_id) if parent_id is not None else None  # if finished: alone, then
         if parent is not None and parent.request.prompt_token_ids != prompt:
@@ -273,6 +267,7 @@ class LLMEngine:
         if sequence is None:
             raise KeyError(request_id)
         self._state.remove(sequence, reason)
+        self._ready = [output for output in self._ready if output.sequence is not sequence]
         return sequence.metrics()
 
     def step(self, *, flush: bool = False) -> list[EngineOutput]:
@@ -285,36 +280,71 @@ class LLMEngine:
         now = self._clock()
         while self._deadlines and self._deadlines[0][0] <= now:
             self._time_out(heapq.heappop(self._deadlines)[2])
+        if self._flight is not None and all(s.status is Status.FINISHED for s in self._flight.planned.sequences):
+            self._land(None)  # it was on its way when the last of its sequences ended
         if not self._state.running and not self._state.waiting:
-            results, self._timed_out = self._timed_out, []
-            return results
+            return self._take_ready()
+        if self._flight is None:
+            self._flight = self._launch(now, flush)
+            if self._flight is None:
+                return self._take_ready()
+        ahead = schedule_ahead(self._state, self._policy, now) if self._async_scheduling else None
+        self._land(None if ahead is None else self._submit(ahead))
+        return self._take_ready()
+
+    def _take_ready(self) -> list[EngineOutput]:
+        ready, self._ready = self._ready, []
+        return ready
+
+    def _launch(self, now: float, flush: bool) -> _Flight | None:
+        """Decide on a step and start it; None if there is none."""
         drafted = self._draft() if self._speculation is not None else ()
         planned = schedule(self._state, self._policy, now, flush=flush)
         for sequence in drafted:
             sequence.draft = ()
-        self._stats.preemptions += len(planned.preempted)
-        if not planned.sequences:
-            if self._policy.batching == "inflight":
-                raise RuntimeError("no sequence can be scheduled: the scheduler lost KV blocks")
-            results, self._timed_out = self._timed_out, []
-            return results
+        if planned.sequences:
+            flight = self._submit(planned)
+            self._prepare_masks(planned)
+            return flight
+        if self._policy.batching == "inflight":
+            raise RuntimeError("no sequence can be scheduled: the scheduler lost KV blocks")
+        return None
+
+    def _submit(self, planned: Schedule) -> _Flight:
         try:
-            if self._num_grammars:
-                self._prepare_masks(planned)
-            output = self._executor.collect(self._executor.submit(planned.batch))
+            return _Flight(planned, self._executor.submit(planned.batch))
         except BaseException:
             self._state.roll_back(planned)
             raise
+
+    def _land(self, following: _Flight | None) -> None:
+        """Collect the step that runs, and keep what it brought for the caller. ``following`` runs from then on."""
+        flight, self._flight = self._flight, None
+        assert flight is not None
+        try:
+            output = self._executor.collect(flight.ticket)
+        except BaseException:
+            if following is not None:
+                self._state.roll_back(following.planned)
+            self._state.roll_back(flight.planned)
+            raise
+        self._flight = following
         now = self._clock()
-        results, self._timed_out = self._timed_out, []
+        planned, batch = flight.planned, flight.planned.batch
         num_tokens = num_first = 0
-        for sequence, scheduled, sampled in zip(planned.sequences, planned.batch.sequences, output.tokens, strict=True):
-            if not sampled:
+        for index, (sequence, scheduled, sampled) in enumerate(
+            zip(planned.sequences, batch.sequences, output.tokens, strict=True)
+        ):
+            if sequence.status is Status.FINISHED:
+                continue  # when this step was on its way
+            if scheduled.targets and index not in output.failures:
+                sequence.prompt_logprobs += output.targets[index]
+            if not sampled and index not in output.failures:
                 continue
-            if scheduled.num_drafts:
+            if scheduled.num_drafts and sampled:
                 sampled = self._verified(sequence, scheduled, sampled)
             result = EngineOutput(sequence.request.request_id, sequence, (), ())
-            results.append(result)
+            self._ready.append(result)
             is_first = not sequence.output_token_ids
             for token_id, logprobs in sampled:
                 if sequence.grammar is not None and not self._follows(sequence, token_id):
@@ -324,6 +354,8 @@ class LLMEngine:
                 result.logprobs += (logprobs,)
                 if self._ends(sequence, token_id):
                     break
+            if index in output.failures:
+                self._state.remove(sequence, "error", output.failures[index])
             num_tokens += len(result.token_ids)
             if is_first and result.token_ids:
                 num_first += 1
@@ -336,8 +368,17 @@ class LLMEngine:
                 result.metrics = sequence.metrics()
             elif scheduled.num_drafts:
                 self._settle(sequence, scheduled, now)
-        self._account(planned, output.stats, num_tokens, num_first)
-        return results
+            elif following is not None:
+                following.planned.promised.extend(self._state.remember_last(sequence, now))
+        if following is not None:
+            self._stats.steps_ahead += 1
+            self._prepare_masks(following.planned)
+        self._account(planned, output.stats, now, num_tokens, num_first)
+
+    def drain(self) -> None:
+        """Wait for the step that runs: what follows may touch the executor. Its outputs come with the next ``step``."""
+        if self._flight is not None:
+            self._land(None)
 
     def _draft(self) -> list[Sequence]:
         """Give each sequence a draft, if all of them decode and none waits; those that have one."""
@@ -376,11 +417,12 @@ class LLMEngine:
         self._state.take_back(sequence, sequence.num_computed_tokens - computed)
         self._state.remember(sequence, scheduled.num_computed_tokens, computed, now)
 
-    @staticmethod
-    def _prepare_masks(planned: Schedule) -> None:
+    def _prepare_masks(self, planned: Schedule) -> None:
         """Let the masks of structured output be computed while the step runs."""
+        if not self._num_grammars:
+            return
         for sequence, scheduled in zip(planned.sequences, planned.batch.sequences, strict=True):
-            if sequence.grammar is not None and scheduled.sample is not None:
+            if sequence.grammar is not None and scheduled.sample is not None and sequence.status is Status.RUNNING:
                 sequence.grammar.prepare()
 
     def _follows(self, sequence: Sequence, token_id: int) -> bool:
@@ -397,9 +439,7 @@ class LLMEngine:
     def _time_out(self, sequence: Sequence) -> None:
         if sequence.status is not Status.FINISHED:
             self._state.remove(sequence, "timeout")
-            self._timed_out.append(
-                EngineOutput(sequence.request_id, sequence, (), (), "timeout", None, sequence.metrics())
-            )
+            self._ready.append(EngineOutput(sequence.request_id, sequence, (), (), "timeout", None, sequence.metrics()))
 
     def _ends(self, sequence: Sequence, token_id: int) -> bool:
         """Finish the sequence if its new token is the last one."""
@@ -413,26 +453,37 @@ class LLMEngine:
             return False
         return True
 
-    def _account(self, planned: Schedule, step: StepStats, num_output_tokens: int, num_first: int) -> None:
+    def _account(self, planned: Schedule, step: StepStats, now: float, num_output_tokens: int, num_first: int) -> None:
         """``num_first``: how many of the tokens were the first of their request."""
-        stats = self._stats
+        state = self._state
+        num_decodes = decode_tokens = 0
+        for s in planned.batch.sequences:
+            if s.sample is not None and len(s.token_ids) - s.num_drafts == 1:
+                num_decodes += 1
+                decode_tokens += len(s.token_ids)
         # A recomputed sequence counts as a prefill, and so does a prompt of one token.
-        decodes = not num_first and all(
-            len(s.token_ids) - s.num_drafts == 1 and s.sample is not None for s in planned.batch.sequences
+        decodes = not num_first and num_decodes == len(planned.sequences)
+        record = StepRecord(
+            time=now,
+            seconds=step.seconds,
+            num_prefills=len(planned.sequences) - num_decodes,
+            num_decodes=num_decodes,
+            prefill_tokens=planned.batch.num_tokens - decode_tokens,
+            decode_tokens=decode_tokens,
+            output_tokens=num_output_tokens,
+            cached_tokens=planned.num_cached_tokens,
+            num_preempted=len(planned.preempted),
+            num_running=len(state.running),
+            num_waiting=len(state.waiting),
+            num_used_blocks=state.blocks.num_blocks - state.blocks.num_free,
+            num_blocks=state.blocks.num_blocks,
+            flops=step.flops,
+            bytes=step.bytes,
         )
-        stats.steps += 1
-        stats.output_tokens += num_output_tokens
-        stats.seconds += step.seconds
-        stats.flops += step.flops
-        stats.bytes += step.bytes
-        if decodes:
-            stats.decode_steps += 1
-            stats.decode_tokens += num_output_tokens
-            stats.decode_seconds += step.seconds
-            stats.decode_flops += step.flops
-            stats.decode_bytes += step.bytes
-            if self._speculation is not None:
-                self._speculation.took(planned.batch.num_tokens, step.seconds)
+        self._steps.append(record)
+        self._stats.count(record, decodes=decodes)
+        if decodes and self._speculation is not None:
+            self._speculation.took(planned.batch.num_tokens, step.seconds)
 
     def save_prefix(self, path: Path, identity: str, token_ids: Iterable[int], salt: str = "") -> int:
         """Write to a file what the prefix cache has of ``token_ids``; how many tokens that is.
@@ -442,6 +493,7 @@ class LLMEngine:
         Raises:
             PrefixFileError: the cache has none of it, or the file cannot be written.
         """
+        self.drain()
         tokens = list(token_ids)
         block_size = self._state.block_size
         keys = keys_of(tokens, salt, block_size)
@@ -462,6 +514,7 @@ class LLMEngine:
             PrefixFileError: the file is missing, damaged, of another model, or larger than the free part of the cache.
         """
         tokens, data = read_prefix(path, identity)
+        self.drain()
         blocks, block_size = self._state.blocks, self._state.block_size
         keys = keys_of(tokens, salt, block_size)
         if blocks.cache is None:
@@ -498,6 +551,10 @@ class LLMEngine:
             num_cached_blocks=self._state.blocks.num_cached,
             num_blocks=self._state.blocks.num_blocks,
         )
+
+    def steps(self, most: int = _STEPS_KEPT) -> list[StepRecord]:
+        """The latest steps, the last one last; not more than 1,024."""
+        return list(islice(reversed(self._steps), most))[::-1]
 
     def check(self) -> None:
         """Verify the KV block books. Raises RuntimeError, for tests and for idle moments."""

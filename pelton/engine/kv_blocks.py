@@ -97,9 +97,13 @@ class BlockPool:
         return self.cache.add(block, key, policy, now)
 
     def forget(self, block: int) -> None:
-        """What a block in use was to hold was never computed."""
-        if self.cache is not None and block in self.cache:
-            self.cache.forget(block)
+        """What a block was to hold was never computed."""
+        if self.cache is None or block not in self.cache:
+            return
+        if not self._references[block]:  # who was to compute it has been aborted
+            self.cache.set_busy(block)
+            self._free.append(block)
+        self.cache.forget(block)
 
     def expire(self, now: float) -> None:
         """Let go of cached blocks whose time to live is over."""

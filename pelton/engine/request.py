@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from ..backends.base import SampleSpec
 from ..config import SamplingParams
 from ..metrics import RequestMetrics
+from ..outputs import Logprob
 from .prefix_cache import CachePolicy, Key, extend_keys, root_key
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ class Sequence:
 
     ``token_ids`` is prompt + output. Of these, positions [0, num_computed_tokens) have their keys and
     values in the blocks ``block_ids``, or will have after the step that was scheduled last; the rest is to be
-    computed. A sequence decodes when exactly one token, the last sampled one, is left to compute.
+    computed. A sequence decodes when exactly one token, the last sampled one, is left to compute. ``num_pending`` more
+    tokens come from steps that are on their way.
 
     ``parent``: the tokens of this sequence start with those of the parent, whose blocks it takes over when it is
     admitted. ``forks`` are the sequences that wait for this one's prompt to be computed. ``order`` sorts sequences:
@@ -78,10 +80,12 @@ class Sequence:
         "grammar",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_pending",
         "num_preemptions",
         "order",
         "output_token_ids",
         "parent",
+        "prompt_logprobs",
         "proposer",
         "request",
         "root_key",
@@ -104,11 +108,13 @@ class Sequence:
         self.forks: list[Sequence] = []
         self.root_key: Key = root_key(request.cache.salt)
         self.block_keys: list[Key] = []
+        self.prompt_logprobs: list[dict[int, Logprob]] = []  # of the second token and up, if wanted
         self.num_cached_tokens = 0  # of the prompt, at the first admission
         self.status = Status.WAITING
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.output_token_ids: list[int] = []
         self.num_computed_tokens = 0
+        self.num_pending = 0
         self.block_ids: tuple[int, ...] = ()
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
@@ -130,8 +136,18 @@ class Sequence:
     def request_id(self) -> str:
         return self.request.request_id
 
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether some are still to be computed."""
+        request = self.request
+        return (
+            request.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(request.prompt_token_ids) - 1
+        )
+
     def append(self, token_id: int, now: float) -> None:
         """Take a sampled token, at ``now`` seconds."""
+        if self.num_pending:  # a draft brings more than were counted on
+            self.num_pending -= 1
         self.token_ids.append(token_id)
         self.output_token_ids.append(token_id)
         self.token_times.append(now)

@@ -83,11 +83,13 @@ class HostSampler:
         """Per row of ``logits``, the log-probability of ``token_ids[i]`` and of the ``count`` most likely.
 
         Raises:
-            RuntimeError: the shapes disagree, or a row is broken.
+            SamplingError: a row is broken.
         """
         check_rows(logits, token_ids)
-        if not np.isfinite(logits.max(axis=1)).all():
-            raise RuntimeError("logits have a maximum that is not finite")
+        peaks = logits.max(axis=1)
+        if not np.isfinite(peaks).all():
+            broken = int(np.flatnonzero(~np.isfinite(peaks))[0])
+            raise SamplingError(broken, len(logits), None, f"maximum {peaks[broken]}")
         return [logprobs_of(row, int(token), count) for row, token in zip(logits, token_ids, strict=True)]
 
 

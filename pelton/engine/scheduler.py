@@ -17,6 +17,9 @@ that does not fit otherwise. The first in order is never preempted, and one sequ
 refuses others), so every step makes progress. With ``guaranteed_no_evict`` a
 sequence is admitted when its longest possible answer fits beside those of all others, and nobody is ever preempted.
 
+``schedule_ahead`` decides on a step while the one before it runs, whose tokens nobody knows yet, where nothing but that
+is unknown: all decode, nobody waits, and there are blocks for everybody.
+
 Batches are in flight: sequences join and leave at every step. ``static`` and ``dynamic`` are the older ways, for
 comparison: a batch is formed when nothing runs, from a full house or from whoever came in time, and nobody joins later.
 """
@@ -24,10 +27,10 @@ comparison: a batch is formed when nothing runs, from a full house or from whoev
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from ..backends.base import Batch, ScheduledSequence
+from ..backends.base import PENDING, Batch, ScheduledSequence
 from .kv_blocks import BlockPool
 from .request import FinishReason, Sequence, Status
 
@@ -54,13 +57,15 @@ class Policy:
 class Schedule:
     """One step. ``sequences[i]`` is the sequence behind ``batch.sequences[i]``.
 
-    promised: blocks that others may find from now on, though only the step will fill them.
+    promised: blocks that others may find from now on, though only the step will fill them. num_cached_tokens: of the
+    prompts that are admitted, found in the prefix cache.
     """
 
     batch: Batch
     sequences: tuple[Sequence, ...]
     preempted: tuple[Sequence, ...] = ()
-    promised: tuple[int, ...] = ()
+    promised: list[int] = field(default_factory=list)
+    num_cached_tokens: int = 0
 
 
 class SchedulerState:
@@ -187,6 +192,13 @@ class SchedulerState:
             if self.blocks.remember(sequence.block_ids[i], keys[i], cache, now)
         ]
 
+    def remember_last(self, sequence: Sequence, now: float) -> list[int]:
+        """As ``remember`` for the last token, if a step was scheduled to compute it before it was known."""
+        count = len(sequence.token_ids)
+        if sequence.num_computed_tokens < count or count % self.block_size:
+            return []
+        return self.remember(sequence, count - 1, count, now)
+
     def take_back(self, sequence: Sequence, num_tokens: int) -> None:
         """The last ``num_tokens`` that were scheduled were guesses, and wrong."""
         sequence.num_computed_tokens -= num_tokens
@@ -209,7 +221,7 @@ class SchedulerState:
         # In reverse: a pool that is a stack hands them out in order again, and of cached ones the last goes first.
         self.blocks.free(reversed(sequence.block_ids))
         sequence.block_ids = ()
-        sequence.num_computed_tokens = 0
+        sequence.num_computed_tokens = sequence.num_pending = 0
 
     def check(self) -> None:
         """Raise RuntimeError unless the blocks in use are exactly those of the running sequences."""
@@ -240,7 +252,9 @@ class _Step:
         self.preempted: list[Sequence] = []  # for want of blocks
         self.displaced: list[Sequence] = []  # for a higher priority
         self.promised: list[int] = []
-        self.num_drafts = 0
+        self.num_extra_logits = 0  # rows, beyond one for each running sequence
+        self.num_cached_tokens = 0
+        self.first_admitted = 0  # of ``scheduled``
         self.copies: list[tuple[int, int]] = []
 
     def decodes(self) -> list[Sequence]:
@@ -255,10 +269,12 @@ class _Step:
             if sequence.status is not Status.RUNNING:
                 break  # preempted below, and so is everything after it
             computed = sequence.num_computed_tokens
-            token_ids = sequence.token_ids
-            if len(token_ids) - computed > 1:
+            token_ids, pending = sequence.token_ids, sequence.num_pending
+            if len(token_ids) + pending - computed > 1:
                 prefills.append(sequence)
                 continue
+            if pending and len(token_ids) + pending >= sequence.request.max_total_tokens:
+                continue  # the token that is on its way is the last
             if not left:
                 continue
             if computed >= len(sequence.block_ids) * block_size and not self._grow(sequence):
@@ -269,12 +285,17 @@ class _Step:
                 continue
             scheduled.append(
                 ScheduledSequence(
-                    sequence.request.request_id, (token_ids[-1],), computed, sequence.block_ids, sequence.sample_spec
+                    sequence.request.request_id,
+                    (PENDING if pending else token_ids[-1],),
+                    computed,
+                    sequence.block_ids,
+                    sequence.sample_spec,
                 )
             )
             sequences.append(sequence)
+            sequence.num_pending = pending + 1
             sequence.num_computed_tokens = computed = computed + 1
-            if caching and not computed % block_size:
+            if caching and not computed % block_size and not pending:
                 self._promise(sequence, computed - 1, computed)
         self.tokens_left = left
         for sequence in drafted:
@@ -284,9 +305,9 @@ class _Step:
 
     def _decode_with_draft(self, sequence: Sequence) -> None:
         """Schedule a decode, and as much of its draft as there is room for without taking it from others."""
-        state, policy, computed = self.state, self.policy, sequence.num_computed_tokens
-        room = policy.max_num_logits - len(state.running) - self.num_drafts
-        room = min(room, self.tokens_left, sequence.request.max_total_tokens - len(sequence.token_ids) - 1)
+        state, computed = self.state, sequence.num_computed_tokens
+        left = sequence.request.max_total_tokens - len(sequence.token_ids) - 1
+        room = min(self._spare_logits(), self.tokens_left, left)
         draft = sequence.draft[: max(room, 0)]
         missing = state.blocks_for(computed + 1 + len(draft)) - len(sequence.block_ids)
         if missing > 0:
@@ -294,7 +315,7 @@ class _Step:
             sequence.block_ids += state.blocks.allocate(min(missing, spare))
             draft = draft[: len(sequence.block_ids) * state.block_size - computed - 1]
         self.tokens_left -= len(draft)
-        self.num_drafts += len(draft)
+        self.num_extra_logits += len(draft)
         num_blocks = state.blocks_for(computed + 1 + len(draft))
         self.scheduled.append(
             ScheduledSequence(
@@ -307,6 +328,7 @@ class _Step:
             )
         )
         self.sequences.append(sequence)
+        sequence.num_pending = 1  # at least
         sequence.num_computed_tokens = computed + 1 + len(draft)
         if not draft:  # what a draft fills is known when it is verified
             self._promise(sequence, computed, computed + 1)
@@ -323,10 +345,23 @@ class _Step:
         sequence.block_ids += state.blocks.allocate(1)
         return True
 
+    def _spare_logits(self) -> int:
+        """Rows of logits that are left when every running sequence has its own."""
+        return self.policy.max_num_logits - len(self.state.running) - self.num_extra_logits
+
     def prefill(self, sequence: Sequence) -> None:
         """Schedule the next chunk of a prompt; only the last one samples."""
         start = sequence.num_computed_tokens
         end = min(start + self.tokens_left, len(sequence.token_ids))
+        targets: tuple[int, ...] = ()
+        if sequence.wants_prompt_logprobs:
+            first = len(sequence.prompt_logprobs)
+            if start < first:  # preempted: that much is known already
+                end = min(end, first)
+            else:
+                end = min(end, len(sequence.request.prompt_token_ids), start + 1 + max(self._spare_logits(), 0))
+                targets = sequence.request.prompt_token_ids[start + 1 : end + 1]
+                self.num_extra_logits += end - start - 1
         self.scheduled.append(
             ScheduledSequence(
                 sequence.request.request_id,
@@ -334,10 +369,13 @@ class _Step:
                 start,
                 sequence.block_ids[: self.state.blocks_for(end)],
                 sequence.sample_spec if end == len(sequence.token_ids) else None,
+                targets=targets,
+                num_top=sequence.request.params.prompt_logprobs or 0,
             )
         )
         self.sequences.append(sequence)
         self.tokens_left -= end - start
+        sequence.num_pending = int(end == len(sequence.token_ids))
         sequence.num_computed_tokens = end
         if self.state.blocks.cache is not None:
             self._promise(sequence, start, end)
@@ -361,7 +399,10 @@ class _Step:
     def admissions(self) -> None:
         """Admit who waits, as long as there is room."""
         state = self.state
+        self.first_admitted = len(self.scheduled)
         while self.tokens_left and (sequence := state.first_waiting()) is not None:
+            if self.num_extra_logits and self._spare_logits() <= 0:
+                return
             fits = self._fits(sequence)
             if fits is None:
                 return
@@ -371,6 +412,7 @@ class _Step:
             if sequence.first_scheduled_time is None:
                 sequence.first_scheduled_time = self.now
                 sequence.num_cached_tokens = sequence.num_computed_tokens
+                self.num_cached_tokens += sequence.num_cached_tokens
             self.prefill(sequence)
 
     def _fits(self, sequence: Sequence) -> tuple[list[int], Sequence | None] | None:
@@ -408,8 +450,9 @@ class _Step:
         """Whether the beginning of a sequence is in its blocks before this step: what is copied must be."""
         if sequence.status is not Status.RUNNING or sequence.num_computed_tokens < num_tokens:
             return False
-        return not any(s is sequence and b.num_computed_tokens < num_tokens
-                       for s, b in zip(self.sequences, self.scheduled, strict=True))  # fmt: skip
+        # Who is admitted in this step may have found blocks that this step computes.
+        return not any(s is sequence and (i >= self.first_admitted or b.num_computed_tokens < num_tokens)
+                       for i, (s, b) in enumerate(zip(self.sequences, self.scheduled, strict=True)))  # fmt: skip
 
     def _give_blocks(self, sequence: Sequence, found: list[int], parent: Sequence | None) -> None:
         """All blocks of a sequence that was just admitted, and how far they are computed."""
@@ -450,4 +493,23 @@ def schedule(state: SchedulerState, policy: Policy, now: float, *, flush: bool =
     if not step.preempted and state.waiting:
         step.admissions()
     batch = Batch(tuple(step.scheduled), tuple(step.copies))
-    return Schedule(batch, tuple(step.sequences), (*step.displaced, *step.preempted), tuple(step.promised))
+    preempted = (*step.displaced, *step.preempted)
+    return Schedule(batch, tuple(step.sequences), preempted, step.promised, step.num_cached_tokens)
+
+
+def schedule_ahead(state: SchedulerState, policy: Policy, now: float) -> Schedule | None:
+    """The step after the one that runs; None if that cannot be decided before the one that runs is collected."""
+    if state.waiting:
+        return None
+    needed = 0  # blocks
+    for sequence in state.running.values():
+        computed = sequence.num_computed_tokens
+        if not sequence.num_pending or len(sequence.token_ids) + sequence.num_pending - computed != 1:
+            return None  # a prompt: what comes in beside such a long step shall not wait for one more
+        needed += computed >= len(sequence.block_ids) * state.block_size
+    if needed > state.blocks.num_free:
+        return None
+    state.blocks.expire(now)
+    step = _Step(state, policy, now)
+    step.decodes()
+    return Schedule(Batch(tuple(step.scheduled)), tuple(step.sequences), (), step.promised) if step.scheduled else None

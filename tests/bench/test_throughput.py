@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 
-from pelton.backends.base import Batch, KVSpec, StepStats
+from pelton.backends.base import KVSpec, StepOutput, StepStats
 from pelton.bench import latency, throughput
 from pelton.bench.neighbours import Neighbours
-from pelton.bench.replay import Moment, Replay, output_rate, replay
+from pelton.bench.replay import Replay, output_rate, replay
 from pelton.bench.roofline import Peaks
 from pelton.bench.throughput import Measured, Variant, run_rounds, summary
 from pelton.bench.workloads import Workload, WorkloadRequest
 from pelton.config import SamplingParams
-from pelton.engine.engine import EngineStats, LLMEngine
+from pelton.engine.engine import LLMEngine
+from pelton.engine.stats import EngineStats, StepRecord
 from pelton.errors import RequestError
 from pelton.metrics import RequestMetrics
 from tests.helpers.fake_executor import FakeExecutor
@@ -51,10 +52,11 @@ class TimedExecutor(FakeExecutor):
         self._clock = clock
         self._step_seconds = seconds
 
-    def submit(self, batch: Batch) -> int:
+    def collect(self, ticket: int) -> StepOutput:
+        batch = self._flying[0][1]
         self._clock.now += self._step_seconds
         self.stats = StepStats(self._step_seconds, 100.0 * batch.num_tokens, 10.0 * batch.num_tokens)
-        return super().submit(batch)
+        return super().collect(ticket)
 
 
 def engine_on(clock: Callable[[], float], executor: FakeExecutor | None = None, **limits: int) -> LLMEngine:
@@ -72,6 +74,15 @@ def request(prompt_len: int, output_len: int, first: int = 1) -> WorkloadRequest
     return WorkloadRequest(tuple((first + i) % VOCABULARY for i in range(prompt_len)), params)
 
 
+def moment(time: float, num_running: int, num_waiting: int, kv_use: float) -> StepRecord:
+    """A step that is over at ``time``, in a pool of 10 blocks."""
+    counts = dict.fromkeys(("num_prefills", "num_decodes", "prefill_tokens", "decode_tokens", "output_tokens"), 0)
+    return StepRecord(
+        time=time, seconds=0.5, cached_tokens=0, num_preempted=0, num_running=num_running, num_waiting=num_waiting,
+        num_used_blocks=round(10 * kv_use), num_blocks=10, flops=0.0, bytes=0.0, **counts,
+    )  # fmt: skip
+
+
 def metrics(arrival: float, *times: float, prompt: int = 10) -> RequestMetrics:
     return RequestMetrics(arrival, arrival, times, num_prompt_tokens=prompt)
 
@@ -86,19 +97,27 @@ def test_requests_that_come_at_once_run_together() -> None:
     assert (done.start, done.seconds, done.idle_seconds, done.busy_seconds) == (100.0, 1.5, 0.0, 1.5)
     assert (done.prompt_tokens, done.output_tokens) == (11, 5)
     assert [len(ids) for ids in done.token_ids] == [3, 2]
-    assert [m.time for m in done.moments] == [100.5, 101.0, 101.5]
-    assert [m.num_running for m in done.moments] == [2, 1, 0]
-    assert done.moments[0].kv_use > done.moments[1].kv_use > done.moments[2].kv_use == 0.0
+    assert [m.time for m in done.steps] == [100.5, 101.0, 101.5]
+    assert [m.num_running for m in done.steps] == [2, 1, 0]
+    assert done.steps[0].kv_use > done.steps[1].kv_use > done.steps[2].kv_use == 0.0
+    assert [(m.num_prefills, m.num_decodes) for m in done.steps] == [(2, 0), (0, 2), (0, 1)]
+    # Of the two prompts, 1 to 5 and 1 to 6, the first block of four is computed once.
+    assert [m.cached_tokens for m in done.steps] == [4, 0, 0]
+    tokens = [(m.prefill_tokens, m.decode_tokens, m.output_tokens) for m in done.steps]
+    assert tokens == [(7, 0, 2), (0, 2, 2), (0, 1, 1)]
+    assert done.steps[0].mbu(1000.0) == done.steps[0].mfu(10_000.0) == 0.14
     assert not clock.slept
 
 
-def test_ttft_counts_from_when_a_request_was_due_not_from_when_the_engine_had_time() -> None:
+@pytest.mark.parametrize(("ahead", "token"), [(False, 101.5), (True, 102.0)])
+def test_ttft_counts_from_when_a_request_was_due_not_from_when_the_engine_had_time(ahead: bool, token: float) -> None:
     clock = Clock()
-    done = replay(engine_on(clock), [request(5, 4), request(5, 1)], [0.0, 0.7], clock=clock, sleep=clock.sleep)
+    engine = engine_on(clock, async_scheduling=ahead)
+    done = replay(engine, [request(5, 5), request(5, 1)], [0.0, 0.7], clock=clock, sleep=clock.sleep)
     late = done.requests[1]
-    # Due during the second step, which ends at 1.0; its own step ends at 1.5.
-    assert (late.arrival_time, late.token_times) == (pytest.approx(100.7), (101.5,))
-    assert late.ttft == pytest.approx(0.8) and late.queue_time == pytest.approx(0.3)
+    # Due during the second step, which ends at 1.0; the third is decided on by then if they are ahead.
+    assert (late.arrival_time, late.token_times) == (pytest.approx(100.7), (token,))
+    assert late.ttft == pytest.approx(token - 100.7) and late.queue_time == pytest.approx(token - 0.5 - 100.7)
 
 
 def test_idle_time_is_waited_and_counted() -> None:
@@ -115,7 +134,7 @@ def test_no_arrival_waits_for_an_earlier_request() -> None:
     times = [i / 20 for i in range(20)]
     done = replay(engine_on(clock, max_num_seqs=1), [request(3, 20)] * 20, times, clock=clock, sleep=clock.sleep)
     assert [r.arrival_time - done.start for r in done.requests] == pytest.approx(times)
-    assert max(m.num_waiting for m in done.moments) == 19
+    assert max(m.num_waiting for m in done.steps) == 19
 
 
 def test_progress_is_reported_after_each_step() -> None:
@@ -159,7 +178,7 @@ DONE = Replay(
     (metrics(0.0, 1.0, 2.0, 4.0, prompt=30), metrics(1.0, 2.0, 3.0, prompt=10)),
     ((7, 8, 9), (7, 8)),
     STATS,
-    (Moment(1.0, 1, 1, 0.3), Moment(2.0, 2, 0, 0.5), Moment(4.0, 0, 0, 0.0)),
+    (moment(1.0, 1, 1, 0.3), moment(2.0, 2, 0, 0.5), moment(4.0, 0, 0, 0.0)),
     idle_seconds=1.0,
 )
 
@@ -412,7 +431,7 @@ def test_pictures_name_what_they_show(picture: Any) -> None:
 def test_pictures_of_single_tokens_and_of_engines_without_a_name(picture: Any) -> None:
     from pelton.bench import plots
 
-    single = Replay(0.0, (metrics(0.0, 1.0),), ((1,),), STATS, (Moment(1.0, 0, 0, 0.0),))
+    single = Replay(0.0, (metrics(0.0, 1.0),), ((1,),), STATS, (moment(1.0, 0, 0, 0.0),))
     plots.latency([single], "x", "", str(picture))
     plots.over_time([(Variant(4), single)], "x", "", str(picture))
     plots.curve(

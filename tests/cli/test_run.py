@@ -6,7 +6,7 @@ from pelton.backends.base import StepStats
 from pelton.cli import run as run_module
 from pelton.cli.run import Session, statistics_line
 from pelton.config import SamplingParams
-from pelton.engine.engine import EngineStats
+from pelton.engine.stats import EngineStats
 from pelton.llm import LLM
 from pelton.metrics import RequestMetrics
 from tests.helpers.fake_parts import EOS, FakeBuilt, FakeTokenizer, ids_of, prompt_text
@@ -159,16 +159,16 @@ def test_help_and_stats(capsys):
 def test_ctrl_c_stops_the_answer_and_not_the_program(capsys):
     built = FakeBuilt(lambda prompt: "a rather long answer")
     steps = 0
-    inner = built.executor.submit
+    inner = built.executor.collect
 
-    def submit(batch):
+    def collect(ticket):
         nonlocal steps
         steps += 1
         if steps == 6:
             signal.raise_signal(signal.SIGINT)
-        return inner(batch)
+        return inner(ticket)
 
-    built.executor.submit = submit
+    built.executor.collect = collect
     session = session_of(built)
     converse(session, "one", "two")
     captured = capsys.readouterr()

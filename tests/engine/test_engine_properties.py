@@ -41,7 +41,8 @@ class Trial:
             batching=("inflight", "inflight", "dynamic", "static")[draw(4)],
             batching_delay=(None, 3.0)[draw(2)],
             enable_prefix_caching=draw(4) > 0,
-            num_speculative_tokens=draw(4),
+            num_speculative_tokens=max(0, draw(6) - 2),
+            async_scheduling=draw(4) > 0,
             eos_token_ids=frozenset(),
             vocab_size=2,
             clock=lambda: self.now,
@@ -50,9 +51,11 @@ class Trial:
         self.asked: dict[str, tuple[list[int], int]] = {}
         self.got: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}
+        self.wanted: set[str] = set()  # whose prompts are to be scored
+        self.scored: dict[str, list[dict]] = {}
 
     def act(self) -> None:
-        action = self.draw(12)
+        action = self.draw(13)
         if action < 4:
             self.add()
         elif action == 4 and self.asked:
@@ -61,10 +64,19 @@ class Trial:
                 assert name not in self.ended
                 self.ended[name] = "abort"
         elif action == 5:
-            self.executor.fail_with = BrokenError()
+            name = ("fail_with", "fail_collect_with")[self.draw(2)]
+            setattr(self.executor, name, BrokenError())
+        elif action == 6:
+            self.drain()
         else:
             self.step()
         self.engine.check()
+
+    def drain(self) -> None:
+        try:
+            self.engine.drain()
+        except BrokenError:
+            return
 
     def add(self) -> None:
         draw, name = self.draw, str(len(self.asked))
@@ -74,10 +86,12 @@ class Trial:
             parent = str(draw(len(self.asked)))
             prompt = self.asked[parent][0]
         max_tokens = 1 + draw(LONGEST - len(prompt))
+        if draw(8) == 0:
+            self.wanted.add(name)
         self.engine.add_request(
             name,
             prompt,
-            SamplingParams(temperature=0, max_tokens=max_tokens),
+            SamplingParams(temperature=0, max_tokens=max_tokens, prompt_logprobs=0 if name in self.wanted else None),
             priority=draw(4) - 1,
             deadline=self.now + draw(40) if draw(6) == 0 else None,
             cache=CachePolicy(
@@ -102,6 +116,7 @@ class Trial:
         for output in outputs:
             assert output.request_id not in self.ended
             self.got[output.request_id] += output.token_ids
+            self.scored[output.request_id] = output.sequence.prompt_logprobs
             if output.finish_reason is not None:
                 self.ended[output.request_id] = output.finish_reason
 
@@ -116,6 +131,8 @@ class Trial:
         assert stats.num_free_blocks == stats.num_blocks
         for name, (prompt, max_tokens) in self.asked.items():
             expected = greedy_continuation(prompt, 2, max_tokens)
+            if self.got[name] and name in self.wanted:
+                assert [list(entry) for entry in self.scored[name]] == [[token] for token in prompt[1:]]
             if self.ended[name] == "length":
                 assert self.got[name] == expected
             else:
@@ -135,7 +152,7 @@ def test_any_course_of_events(data):
 
 @pytest.mark.parametrize("part", range(4))
 def test_two_hundred_thousand_operations(part):
-    operations, preemptions, hits, copies, guesses = 0, 0, 0, 0, 0
+    operations, preemptions, hits, copies, guesses, ahead = 0, 0, 0, 0, 0, 0
     seed = part
     while operations < 50_000:
         trial = Trial(random.Random(seed).randrange)
@@ -148,8 +165,9 @@ def test_two_hundred_thousand_operations(part):
         preemptions += stats.preemptions
         hits += stats.cached_tokens
         guesses += min(stats.accepted_tokens, stats.draft_tokens - stats.accepted_tokens)
+        ahead += stats.steps_ahead
         copies += sum(len(batch.copies) for batch in trial.executor.batches)
-    assert min(preemptions, hits, copies, guesses) > 100  # or this would be no test of them
+    assert min(preemptions, hits, copies, guesses, ahead) > 100  # or this would be no test of them
 
 
 def test_low_priorities_are_not_starved():

@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pelton.engine.kv_blocks import BlockPool
+from pelton.engine.prefix_cache import CachePolicy
 
 
 def test_a_block_is_free_again_only_when_its_last_holder_frees_it():
@@ -58,3 +59,16 @@ def test_any_order_of_operations_keeps_the_books(num_blocks, operations):
             blocks.free(held.pop(number % len(held)))
         blocks.check(held)
         assert blocks.num_free == num_blocks - len({b for ids in held for b in ids})
+
+
+def test_a_block_that_nobody_holds_can_be_forgotten():
+    pool = BlockPool(2, caching=True)
+    (block,) = pool.allocate(1)
+    pool.remember(block, b"key", CachePolicy(), 0.0)
+    pool.free([block])
+    assert (pool.num_free, pool.num_cached) == (2, 1)
+    pool.forget(block)
+    pool.check([])
+    assert (pool.num_free, pool.num_cached) == (2, 0)
+    assert pool.find([b"key"]) == ([], 0)
+    assert set(pool.allocate(2)) == {0, 1}

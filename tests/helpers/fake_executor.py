@@ -9,11 +9,14 @@ changes the answer, and, with ``verify``, fails at once.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from pelton.backends.base import (
+    PENDING,
     Batch,
     KVSpec,
     SampledToken,
@@ -23,6 +26,7 @@ from pelton.backends.base import (
     StepOutput,
     StepStats,
 )
+from pelton.outputs import Logprob
 
 ROOT = 0x9E3779B97F4A7C15
 
@@ -91,17 +95,35 @@ class FakeExecutor:
         self.seconds = 0.0  # spent in here, to be taken off when the engine is measured
         self.closed = False
         self.fail_with: BaseException | None = None  # raised once by the next submit
+        self.fail_collect_with: BaseException | None = None  # raised once by the next collect
         self._slots = [[None] * block_size for _ in range(num_blocks)]  # type: list[list[int | None]]
         self._told: dict[str, list[int | None]] = {}  # request id -> the tokens it consists of
-        self._results: dict[int, StepOutput] = {}
+        self._flying: deque[tuple[int, Batch]] = deque()
+        self._sampled: dict[str, int] = {}
         self._ticket = 0
 
     def submit(self, batch: Batch) -> int:
-        start = time.perf_counter()
+        """Keep a step until it is collected, as a device would that takes its time."""
         assert not self.closed
+        assert len(self._flying) < 2, "three steps on their way"
         if self.fail_with is not None:
             error, self.fail_with = self.fail_with, None
             raise error
+        self._ticket += 1
+        self._flying.append((self._ticket, batch))
+        return self._ticket
+
+    def collect(self, ticket: int) -> StepOutput:
+        start = time.perf_counter()
+        assert not self.closed
+        first, batch = self._flying.popleft()
+        assert ticket == first, "tickets are collected in the order of submission"
+        if self.fail_collect_with is not None:
+            self._flying.clear()
+            error, self.fail_collect_with = self.fail_collect_with, None
+            raise error
+        if any(s.token_ids[-1] == PENDING for s in batch.sequences):
+            batch = replace(batch, sequences=tuple(map(self._complete, batch.sequences)))
         if self.verify:
             self._verify_limits(batch)
             self.batches.append(batch)
@@ -110,15 +132,17 @@ class FakeExecutor:
             self._slots[target] = slots
         hashes = [self._compute(sequence) for sequence in batch.sequences]
         tokens = self._sample(batch, hashes)
-        self._ticket += 1
+        self._sampled = {s.request_id: new[-1].token_id for s, new in zip(batch.sequences, tokens, strict=True) if new}
+        targets = {i: [{t: Logprob(-1.0, t)} for t in s.targets] for i, s in enumerate(batch.sequences) if s.targets}
         seconds = time.perf_counter() - start
         self.seconds += seconds
-        self._results[self._ticket] = StepOutput(tokens, self.stats or StepStats(seconds=seconds))
-        return self._ticket
+        return StepOutput(tokens, self.stats or StepStats(seconds=seconds), targets=targets)
 
-    def collect(self, ticket: int) -> StepOutput:
-        assert ticket == min(self._results), "tickets are collected in the order of submission"
-        return self._results.pop(ticket)
+    def _complete(self, sequence: ScheduledSequence) -> ScheduledSequence:
+        """With the token that the step before has sampled for it."""
+        if sequence.token_ids[-1] != PENDING:
+            return sequence
+        return sequence._replace(token_ids=(*sequence.token_ids[:-1], self._sampled[sequence.request_id]))
 
     def read_blocks(self, block_ids) -> list[np.ndarray]:
         rows = [[0 if slot is None else slot for slot in self._slots[block]] for block in block_ids]
@@ -142,7 +166,7 @@ class FakeExecutor:
         if self.max_num_seqs is not None:
             assert len(ids) <= self.max_num_seqs
         if self.max_num_logits is not None:
-            assert sum(1 + s.num_drafts for s in batch.sequences if s.sample is not None) <= self.max_num_logits
+            assert sum(s.num_logits for s in batch.sequences) <= self.max_num_logits
         if self.max_num_batched_tokens is not None:
             assert batch.num_tokens <= self.max_num_batched_tokens
         # A block that a step writes has one writer. Who reads it comes later; what it reads, _verify_history checks.
@@ -167,6 +191,11 @@ class FakeExecutor:
         start = sequence.num_computed_tokens
         end = start + len(sequence.token_ids)
         if self.verify:
+            if sequence.targets:
+                known = sequence.sample.prompt_token_ids if sequence.sample is not None else sequence.token_ids
+                assert len(sequence.token_ids) - len(sequence.targets) in (0, 1)
+                assert sequence.targets[:-1] == sequence.token_ids[1 : len(sequence.targets)]
+                assert sequence.sample is None or tuple(known[-len(sequence.targets) :]) == sequence.targets
             assert sequence.token_ids, f"{sequence.request_id} is scheduled without tokens"
             assert end <= self.kv_spec.max_model_len
             assert len(sequence.block_ids) == -(-end // block_size), "block_ids does not just cover the tokens"

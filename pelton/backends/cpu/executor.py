@@ -164,7 +164,15 @@ class CpuExecutor(HostExecutor):
         return self._caches
 
     def _run(self, inputs: StepInputs) -> tuple[npt.NDArray[np.float32], float]:
-        seconds: float = self._native.run(inputs.dims, self._inputs(inputs))
+        return self._logits(inputs, self._native.run(inputs.dims, self._inputs(inputs)))
+
+    def _begin(self, inputs: StepInputs) -> None:
+        self._native.start(inputs.dims, self._inputs(inputs))
+
+    def _wait(self, inputs: StepInputs) -> tuple[npt.NDArray[np.float32], float]:
+        return self._logits(inputs, self._native.wait())
+
+    def _logits(self, inputs: StepInputs, seconds: float) -> tuple[npt.NDArray[np.float32], float]:
         output = self.program.output
         buffer = self.program.buffers[output.buffer]
         logits = self._native.arena(buffer.offset + 4 * output.start, inputs.dims[2], output.cols, buffer.cols)

@@ -54,11 +54,13 @@ class NativeSampler:
         """Per row of ``logits``, the log-probability of ``token_ids[i]`` and of the ``count`` most likely.
 
         Raises:
-            RuntimeError: the shapes disagree, or a row is broken.
+            SamplingError: a row is broken.
         """
         check_rows(logits, token_ids)
         wanted = np.array(token_ids, np.int32)
-        entries = self._executor.logprobs(logits, wanted, min(count, logits.shape[1]))
+        entries, failed = self._executor.logprobs(logits, wanted, min(count, logits.shape[1]))
+        if failed is not None:
+            raise SamplingError(failed[0], len(logits), None, _REASONS[1].format(failed[1]))
         return [_logprobs(token, entry) for token, entry in zip(wanted.tolist(), entries, strict=True)]
 
     @staticmethod
