@@ -54,6 +54,7 @@ class Plan:
     vocab_size: int
     isa: str
     threads: int
+    draft: Plan | None = None  # of the speculative model
     notes: tuple[str, ...] = ()  # what differs from what a user might expect; shown at the start
 
     def check_memory(self) -> None:
@@ -83,6 +84,15 @@ class Built:
     tokenizer: Any  # pelton.text.Tokenizer, or None: token ids in and out only
     eos_token_ids: frozenset[int]
     vocab_size: int
+    draft: Built | None = None  # the speculative model
+
+    @property
+    def draft_executor(self) -> Executor | None:
+        return None if self.draft is None else self.draft.executor
+
+    @property
+    def draft_vocab_size(self) -> int | None:
+        return None if self.draft is None else self.draft.vocab_size
 
     def peak_bandwidth(self, achieved: float = 0.0) -> float | None:
         """Measured DRAM read bandwidth in bytes/s, for MBU; measured once per machine and kept.
@@ -110,6 +120,8 @@ class Built:
 
     def close(self) -> None:
         self.executor.close()
+        if self.draft is not None:
+            self.draft.close()
 
 
 def trained_context(config: Mapping[str, Any]) -> int:
@@ -142,17 +154,27 @@ def bound_graph(config: EngineConfig, checkpoint: Checkpoint) -> Graph:
     return bind_types(graph, stored, config.dtype, config.kv_cache_dtype, config.quantization)
 
 
-def plan(config: EngineConfig) -> Plan:
-    """Open, trace, rewrite, lower and account; no weight is read.
+@dataclass(frozen=True)
+class _Lowered:
+    """A model as far as it is known without its KV cache."""
 
-    Raises:
-        PeltonError: any problem of the checkpoint or the configuration, in one line.
-    """
-    from .backends.cpu.executor import cache_bytes_per_block, choose_isa, constant_bytes
+    checkpoint: Checkpoint
+    graph: Graph
+    program: Program
+    context: int  # tokens that it was trained for
+    without_kv: Ledger
+    block_bytes: int
+    notes: tuple[str, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.graph.outputs[0].tensor.shape[-1])
+
+
+def _lowered(config: EngineConfig, checkpoint: Checkpoint) -> _Lowered:
+    from .backends.cpu.executor import cache_bytes_per_block, constant_bytes
     from .engine.speculation import max_num_logits
 
-    checkpoint = open_checkpoint(resolve_model(config.model))
-    _check(config)
     graph = run_passes(bound_graph(config, checkpoint))
     context = trained_context(checkpoint.config)
     if config.max_model_len is not None and config.max_model_len > context:
@@ -183,20 +205,71 @@ def plan(config: EngineConfig) -> Plan:
     mapped = sizes.pop("rows", 0)
     without_kv = Ledger(sum(sizes.values()), mapped, 0, 0, 0, program.arena_bytes)
     block_bytes = cache_bytes_per_block(program, config.block_size)
+    return _Lowered(checkpoint, graph, program, context, without_kv, block_bytes, tuple(notes))
+
+
+def plan(config: EngineConfig) -> Plan:
+    """Open, trace, rewrite, lower and account; no weight is read.
+
+    Raises:
+        PeltonError: any problem of the checkpoint or the configuration, in one line.
+    """
+    from .backends.cpu.executor import choose_isa
+
+    checkpoint = open_checkpoint(resolve_model(config.model))
+    _check(config)
+    model = _lowered(config, checkpoint)
+    draft_config, draft = _lowered_draft(config, model.context)
+    block_bytes = model.block_bytes + (0 if draft is None else draft.block_bytes)
+    without_kv = model.without_kv
+    if draft is not None:
+        without_kv = replace(without_kv, draft=draft.without_kv.total - draft.without_kv.runtime)
     available = available_memory()
-    kv_spec = _kv_spec(config, context, block_bytes, max(0, available - without_kv.total))
-    if config.max_model_len is None and kv_spec.max_model_len < context:
-        notes.append(f"memory holds a context of {kv_spec.max_model_len:,} of the model's {context:,} tokens")
+    kv_spec = _kv_spec(config, model.context, block_bytes, max(0, available - without_kv.total))
+    notes = model.notes
+    if config.max_model_len is None and kv_spec.max_model_len < model.context:
+        notes += (f"memory holds a context of {kv_spec.max_model_len:,} of the model's {model.context:,} tokens",)
     ledger = replace(
         without_kv,
         kv_cache=kv_spec.num_blocks * block_bytes,
         kv_bytes_per_token=block_bytes // config.block_size,
         kv_tokens=kv_spec.num_blocks * config.block_size,
     )
-    vocab = int(graph.outputs[0].tensor.shape[-1])
     threads = config.threads or usable_cores()
     isa = choose_isa(config.isa)
-    return Plan(config, checkpoint, graph, program, kv_spec, ledger, available, vocab, isa, threads, tuple(notes))
+
+    def planned(config: EngineConfig, model: _Lowered, draft: Plan | None, notes: tuple[str, ...]) -> Plan:
+        length = min(kv_spec.max_model_len, config.max_model_len or model.context)
+        spec = replace(kv_spec, bytes_per_block=model.block_bytes, max_model_len=length)
+        return Plan(
+            config, model.checkpoint, model.graph, model.program, spec, ledger, available, model.vocab_size,
+            isa, threads, draft, notes,
+        )  # fmt: skip
+
+    draft_plan = None
+    if draft is not None and draft_config is not None:
+        draft_plan = planned(draft_config, draft, None, draft.notes)
+    return planned(config, model, draft_plan, notes)
+
+
+def _lowered_draft(config: EngineConfig, context: int) -> tuple[EngineConfig | None, _Lowered | None]:
+    """The speculative model, loaded as the other is, for steps of its own size; (None, None) without one."""
+    from .engine.draft_model import CATCH_UP
+
+    if config.speculative_model is None:
+        return None, None
+    checkpoint = open_checkpoint(resolve_model(config.speculative_model))
+    draft = replace(
+        config,
+        model=config.speculative_model,
+        speculative_model=None,
+        quantization=config.speculative_quantization,
+        speculative_quantization=None,
+        num_speculative_tokens=0,
+        max_num_batched_tokens=config.max_num_seqs + CATCH_UP,
+        max_model_len=min(trained_context(checkpoint.config), config.max_model_len or context),
+    )
+    return draft, _lowered(draft, checkpoint)
 
 
 def _fallback_notes(config: EngineConfig, graph: Graph) -> list[str]:
@@ -251,37 +324,66 @@ def _build(config: EngineConfig, progress: Progress | None) -> Built:
     planned.check_memory()
     for note in planned.notes:
         warnings.warn(note, stacklevel=4)
-    checkpoint = planned.checkpoint
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = _tokenizer(planned.checkpoint)
+    draft_tokenizer = None if planned.draft is None else _tokenizer(planned.draft.checkpoint)
+    if planned.draft is not None:
+        _require_same_tokens(tokenizer, draft_tokenizer, config)
+    done, total = 0, planned.ledger.weights + planned.ledger.mapped + planned.ledger.draft
+
+    def on_packed(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress is not None:
+            progress(done, total)
+
+    draft = None
+    if planned.draft is not None:
+        executor = _executor(planned.draft, on_packed)
+        draft = Built(planned.draft, executor, draft_tokenizer, frozenset(), planned.draft.vocab_size)
+    try:
+        executor = _executor(planned, on_packed)
+    except BaseException:
+        if draft is not None:
+            draft.close()
+        raise
+    eos_ids: set[int] = set(tokenizer.stop_token_ids) if tokenizer is not None else set()
+    for fields in (planned.checkpoint.generation, planned.checkpoint.config):
+        eos = fields.get("eos_token_id")
+        eos_ids.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return Built(planned, executor, tokenizer, frozenset(eos_ids), planned.vocab_size, draft)
+
+
+def _executor(planned: Plan, on_packed: Callable[[int], None]) -> Executor:
+    config, checkpoint = planned.config, planned.checkpoint
     read: Callable[[str], Any] = lambda name: checkpoint.tensors[name].read()  # noqa: E731
-    executor: Executor
     if config.device == "reference":
         from .backends.reference.executor import ReferenceExecutor
         from .engine.sampling import HostSampler
 
-        executor = ReferenceExecutor(planned.graph, read, planned.kv_spec, HostSampler())
-    else:
-        from .backends.cpu.executor import CpuExecutor
-        from .backends.cpu.packed_cache import content_hash
+        return ReferenceExecutor(planned.graph, read, planned.kv_spec, HostSampler())
+    from .backends.cpu.executor import CpuExecutor
+    from .backends.cpu.packed_cache import content_hash
 
-        done, total = 0, planned.ledger.weights + planned.ledger.mapped
+    return CpuExecutor(
+        planned.program, read, planned.kv_spec, isa=planned.isa, threads=planned.threads,
+        activations=config.activations,
+        content_key=content_hash(checkpoint.files) if config.packed_cache else None, on_packed=on_packed,
+    )  # fmt: skip
 
-        def on_packed(size: int) -> None:
-            nonlocal done
-            done += size
-            if progress is not None:
-                progress(done, total)
 
-        executor = CpuExecutor(
-            planned.program, read, planned.kv_spec, isa=planned.isa, threads=planned.threads,
-            activations=config.activations,
-            content_key=content_hash(checkpoint.files) if config.packed_cache else None, on_packed=on_packed,
-        )  # fmt: skip
-    eos_ids: set[int] = set(tokenizer.stop_token_ids) if tokenizer is not None else set()
-    for fields in (checkpoint.generation, checkpoint.config):
-        eos = fields.get("eos_token_id")
-        eos_ids.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    return Built(planned, executor, tokenizer, frozenset(eos_ids), planned.vocab_size)
+#: What two tokenizers must agree on to be taken for the same.
+_PROBE = "The quick brown fox: 1,234.5 += naïve ünïcode\n\tdef f(x): return {'a': [x]}  # 数字 🙂"
+
+
+def _require_same_tokens(tokenizer: Any, draft: Any, config: EngineConfig) -> None:
+    """Raises RequestError if the speculative model means something else by its tokens."""
+    if tokenizer is None and draft is None:  # token ids in and out: their owner knows what they mean
+        return
+    if tokenizer is None or draft is None or tokenizer.encode(_PROBE) != draft.encode(_PROBE):
+        raise RequestError(
+            f"the speculative model {config.speculative_model} has another tokenizer than the model",
+            "choose a smaller model of the same family",
+        )
 
 
 @contextmanager
@@ -327,9 +429,10 @@ def _check(config: EngineConfig) -> None:
             raise PeltonError(f"{name} is {value!r}", "give a whole number from 1, or leave it out")
     if config.num_speculative_tokens not in range(17) or isinstance(config.num_speculative_tokens, bool):
         raise PeltonError(f"num_speculative_tokens is {config.num_speculative_tokens!r}", "give a number from 0 to 16")
-    if config.quantization not in (None, *QUANTIZATIONS):
-        remedy = f"choose one of {', '.join(QUANTIZATIONS)}, or leave it out"
-        raise PeltonError(f"quantization is {config.quantization!r}", remedy)
+    for name in ("quantization", "speculative_quantization"):
+        if getattr(config, name) not in (None, *QUANTIZATIONS):
+            remedy = f"choose one of {', '.join(QUANTIZATIONS)}, or leave it out"
+            raise PeltonError(f"{name} is {getattr(config, name)!r}", remedy)
     for name, allowed in (("device", ("cpu", "reference")), ("dtype", ("auto", "f32", "bf16")),
                           ("kv_cache_dtype", ("auto", "f32", "bf16", "int8")),
                           ("capacity_policy", ("max_utilization", "guaranteed_no_evict")),

@@ -175,6 +175,7 @@ def _bound(value: float) -> str:
     return "just above 0" if value == math.ulp(0.0) else f"{value:g}"
 
 
+Quantization = Literal["int8", "int4", "fp8", "nvfp4"]
 KVDType = Literal["auto", "f32", "bf16", "int8"]
 
 
@@ -185,7 +186,7 @@ class EngineConfig:
     model: str = ""  # folder, .gguf file or hub id; empty: the demo model
     device: Literal["cpu", "reference"] = "cpu"
     dtype: Literal["auto", "f32", "bf16"] = "auto"  # of weights that are not quantized; auto: as stored
-    quantization: Literal["int8", "int4", "fp8", "nvfp4"] | None = None  # of linear layers, as they are loaded
+    quantization: Quantization | None = None  # of linear layers, as they are loaded
     kv_cache_dtype: KVDType = "auto"  # auto: f32 for an f32 model, bf16 otherwise; int8 takes half of that
     max_model_len: int | None = None  # tokens; None: what the model allows and memory holds
     max_num_seqs: int = 64  # sequences in one step
@@ -193,7 +194,9 @@ class EngineConfig:
     capacity_policy: Literal["max_utilization", "guaranteed_no_evict"] = "max_utilization"  # preempt, or never
     batching: Literal["inflight", "dynamic", "static"] = "inflight"  # the others only to see the difference
     batching_delay: float | None = None  # seconds such a batch waits to fill; None: 0.05 dynamic, 1 static
-    num_speculative_tokens: int = 0  # longest draft, guessed from the text so far; 0: no speculation
+    num_speculative_tokens: int = 0  # longest draft; 0: no speculation, or 4 if there is a speculative_model
+    speculative_model: str | None = None  # makes the drafts; None: they are guessed from the text so far
+    speculative_quantization: Quantization | None = None  # of the speculative model; as ``quantization``
     async_scheduling: bool = True  # decide on a step of decodes while the one before it runs
     enable_prefix_caching: bool = True  # find what earlier requests have computed
     block_size: int = 16  # tokens per KV block; 16 keys fill one 512-bit register
@@ -208,6 +211,8 @@ class EngineConfig:
         for name in ("dtype", "kv_cache_dtype"):  # the names that torch and vLLM have for the same types
             value = getattr(self, name)
             object.__setattr__(self, name, {"float32": "f32", "bfloat16": "bf16"}.get(value, value))
+        if self.speculative_model is not None and self.num_speculative_tokens == 0:
+            object.__setattr__(self, "num_speculative_tokens", 4)
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:

@@ -20,20 +20,23 @@ class Ledger:
     kv_bytes_per_token: int
     kv_tokens: int
     arena: int  # activations and logits of the largest step
+    draft: int = 0  # the speculative model, but for its KV cache
     runtime: int = RUNTIME_BYTES
 
     @property
     def total(self) -> int:
         """What must fit in memory; mapped tables count, because a long batch touches most of them."""
-        return self.weights + self.mapped + self.kv_cache + self.arena + self.runtime
+        return self.weights + self.mapped + self.kv_cache + self.arena + self.draft + self.runtime
 
     def rows(self) -> list[tuple[str, int, str]]:
         """(purpose, bytes, remark) for a table."""
+        draft = [("speculative model", self.draft, "weights and activations")] if self.draft else []
         return [
             ("weights", self.weights, "packed"),
             ("lookup tables", self.mapped, "mapped from disk, touched rows only"),
             ("KV cache", self.kv_cache, f"{self.kv_tokens:,} tokens of {self.kv_bytes_per_token:,} bytes"),
             ("activations", self.arena, "arena of the largest step"),
+            *draft,
             ("runtime", self.runtime, "Python and libraries"),
             ("total", self.total, ""),
         ]

@@ -35,6 +35,12 @@ class Parts(Protocol):
     def executor(self) -> Any: ...  # an Executor, a word of the layer below the engine
 
     @property
+    def draft_executor(self) -> Any: ...  # of a speculative model, or None
+
+    @property
+    def draft_vocab_size(self) -> int | None: ...
+
+    @property
     def tokenizer(self) -> Tokenizer | None: ...
 
     @property
@@ -398,6 +404,8 @@ def engine_of(parts: Parts, config: EngineConfig) -> LLMEngine:
         batching=config.batching,
         batching_delay=config.batching_delay,
         num_speculative_tokens=config.num_speculative_tokens,
+        draft_executor=parts.draft_executor,
+        draft_vocab_size=parts.draft_vocab_size,
         async_scheduling=config.async_scheduling,
         enable_prefix_caching=config.enable_prefix_caching,
         eos_token_ids=parts.eos_token_ids,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -197,3 +198,41 @@ def test_drained_in_the_middle(tmp_path):
         assert llm.load_prefix(tmp_path / "prefix") > 0
         got += [token for piece in stream for token in piece.outputs[0].token_ids]
     assert got == alone()[0]
+
+
+@pytest.mark.parametrize("params", [GREEDY, replace(GREEDY, temperature=0.8, seed=3, repetition_penalty=1.1)])
+@pytest.mark.parametrize("options", [{}, {"max_num_seqs": 2}, {"max_num_batched_tokens": 64}], ids=str)
+def test_with_drafts_of_the_model_itself(params, options):
+    """The draft model has the same numbers, hence the same opinion, whatever the random number."""
+    expected = answers(params=params)
+    with LLM(max_model_len=512, speculative_model="", num_speculative_tokens=3, **options) as llm:
+        got = [list(o.token_ids) for output in llm.generate(PROMPTS, params) for o in output.outputs]
+        stats = llm.get_stats()
+    assert got == expected
+    assert stats.accepted_tokens == stats.draft_tokens > 0
+
+
+@pytest.mark.parametrize("draft", ["qwen2", "llama"])
+def test_with_drafts_of_another_model(draft):
+    path, _ = tiny_checkpoint("llama")
+    prompts = [{"prompt_token_ids": [5, 9, 3 + i, 40, 7]} for i in range(4)]
+    params = SamplingParams(temperature=0.7, seed=1, max_tokens=40, ignore_eos=True)
+    with LLM(str(path)) as llm:
+        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    quantization = None if draft == "qwen2" else "int8"
+    other, _ = tiny_checkpoint(draft)
+    with LLM(str(path), speculative_model=str(other), speculative_quantization=quantization) as llm:
+        got = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+        stats = llm.get_stats()
+    assert got == expected
+    assert 0 < stats.draft_tokens > stats.accepted_tokens
+    if draft == "llama":  # rounded, it still agrees more often than not
+        assert stats.accepted_tokens > 0.5 * stats.draft_tokens
+
+
+def test_a_draft_model_of_another_tongue_is_refused():
+    path, _ = tiny_checkpoint("llama")
+    with pytest.raises(
+        PeltonError, match="another tokenizer than the model; choose a smaller model of the same family"
+    ):
+        LLM(max_model_len=512, speculative_model=str(path))

@@ -82,6 +82,17 @@ num_speculative_tokens = click.option(
     help="Guess up to N tokens from the text so far and check them in one step: faster where an answer repeats its "
     "prompt, with the very same tokens. 0: off.",
 )
+speculative_model = click.option(
+    "--speculative-model",
+    metavar="MODEL",
+    help="A smaller model with the same tokenizer that makes the guesses, 4 tokens unless --num-speculative-tokens "
+    "says otherwise: the very same tokens, sooner where it is much faster and mostly agrees.",
+)
+speculative_quantization = click.option(
+    "--speculative-quantization",
+    type=click.Choice(["int8", "int4", "fp8", "nvfp4"]),
+    help="As --quantization, for the speculative model. MODEL itself, quantized, often makes good guesses.",
+)
 device = click.option(
     "--device",
     type=click.Choice(["cpu", "reference"]),
@@ -93,8 +104,9 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON o
 #: What the verbs that run a model have in common, in the order of the help.
 _LOADING = {
     "max_model_len": max_model_len, "dtype": dtype, "quantization": quantization, "kv_cache_dtype": kv_cache_dtype,
-    "activations": activations, "num_speculative_tokens": num_speculative_tokens, "isa": isa, "threads": threads,
-    "device": device,
+    "activations": activations, "num_speculative_tokens": num_speculative_tokens,
+    "speculative_model": speculative_model, "speculative_quantization": speculative_quantization,
+    "isa": isa, "threads": threads, "device": device,
 }  # fmt: skip
 
 

@@ -15,11 +15,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from ..backends.base import Executor, SampledToken, ScheduledSequence, StepStats
+from ..backends.base import PENDING, Executor, SampledToken, ScheduledSequence, StepStats
 from ..config import SamplingParams
 from ..errors import RequestError
 from ..metrics import RequestMetrics
 from ..outputs import Logprob
+from .draft_model import DraftModel
 from .prefix_cache import CachePolicy, keys_of
 from .prefix_file import PrefixFileError, read_prefix, write_prefix
 from .request import FinishReason, Request, Sequence, Status, derive_seed
@@ -73,6 +74,9 @@ class LLMEngine:
         batching: "inflight", or "dynamic" and "static", for comparison: see scheduler.py.
         batching_delay: seconds that the first of such a batch waits for others; None: the mode's own.
         num_speculative_tokens: longest draft; 0: no speculation.
+        draft_executor: of a smaller model with the same tokens, which makes the drafts; None: they come from the text
+            so far. As many KV blocks as the other; belongs to the caller as well. draft_vocab_size: tokens that its
+            logits are for, if they are fewer.
         async_scheduling: decide on a step of decodes while the one before it runs.
         enable_prefix_caching: find what earlier requests have computed.
         eos_token_ids: tokens that end a sequence unless the request ignores them.
@@ -94,6 +98,8 @@ class LLMEngine:
         batching: Batching = "inflight",
         batching_delay: float | None = None,
         num_speculative_tokens: int = 0,
+        draft_executor: Executor | None = None,
+        draft_vocab_size: int | None = None,
         async_scheduling: bool = True,
         enable_prefix_caching: bool = True,
         eos_token_ids: frozenset[int],
@@ -111,6 +117,9 @@ class LLMEngine:
             max_num_logits=max_num_logits(max_num_seqs, num_speculative_tokens),
         )  # fmt: skip
         self._speculation = SpeculationControl(num_speculative_tokens) if num_speculative_tokens else None
+        self._draft_model: DraftModel | None = None
+        if draft_executor is not None and num_speculative_tokens:
+            self._draft_model = DraftModel(draft_executor, min(vocab_size, draft_vocab_size or vocab_size))
         self._state = SchedulerState(self._kv_spec.num_blocks, self._kv_spec.block_size, caching=enable_prefix_caching)
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap
         self._num_grammars = 0  # that were ever asked for: without any, steps need not look for them
@@ -303,12 +312,26 @@ class LLMEngine:
         for sequence in drafted:
             sequence.draft = ()
         if planned.sequences:
+            if drafted and self._draft_model is not None:
+                planned = self._filled(planned, self._draft_model)
             flight = self._submit(planned)
             self._prepare_masks(planned)
             return flight
         if self._policy.batching == "inflight":
             raise RuntimeError("no sequence can be scheduled: the scheduler lost KV blocks")
         return None
+
+    def _filled(self, planned: Schedule, draft_model: DraftModel) -> Schedule:
+        """The schedule with the words of the draft model."""
+        try:
+            filled = draft_model.fill(planned)
+        except BaseException:
+            self._state.roll_back(planned)
+            raise
+        if draft_model.seconds is not None and self._speculation is not None:
+            num_drafted = sum(1 for s in planned.batch.sequences if s.num_drafts)
+            self._speculation.draft_took(num_drafted, draft_model.seconds)
+        return filled
 
     def _submit(self, planned: Schedule) -> _Flight:
         try:
@@ -341,7 +364,7 @@ class LLMEngine:
                 sequence.prompt_logprobs += output.targets[index]
             if not sampled and index not in output.failures:
                 continue
-            if scheduled.num_drafts and sampled:
+            if sampled and scheduled.num_drafts:
                 sampled = self._verified(sequence, scheduled, sampled)
             result = EngineOutput(sequence.request.request_id, sequence, (), ())
             self._ready.append(result)
@@ -366,7 +389,7 @@ class LLMEngine:
                 result.finish_reason = sequence.finish_reason
                 result.stop_reason = sequence.stop_reason
                 result.metrics = sequence.metrics()
-            elif scheduled.num_drafts:
+            elif scheduled.num_drafts or self._draft_model is not None:  # which may have said less than was scheduled
                 self._settle(sequence, scheduled, now)
             elif following is not None:
                 following.planned.promised.extend(self._state.remember_last(sequence, now))
@@ -391,6 +414,9 @@ class LLMEngine:
         if not length:
             return []
         for sequence in sequences:
+            if self._draft_model is not None:
+                sequence.draft = (PENDING,) * length  # the draft model is asked when it is known who gets how many
+                continue
             if sequence.proposer is None:
                 sequence.proposer = NgramProposer()
             draft = sequence.proposer.propose(sequence.token_ids, length)

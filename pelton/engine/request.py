@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..backends.base import SampleSpec
 from ..config import SamplingParams
@@ -74,6 +74,7 @@ class Sequence:
         "block_ids",
         "block_keys",
         "draft",
+        "draft_progress",
         "finish_reason",
         "first_scheduled_time",
         "forks",
@@ -105,6 +106,7 @@ class Sequence:
         self.grammar = grammar
         self.proposer: NgramProposer | None = None
         self.draft: tuple[int, ...] = ()  # what may follow, for the next step
+        self.draft_progress: Any = None  # a draft model's own affair
         self.forks: list[Sequence] = []
         self.root_key: Key = root_key(request.cache.salt)
         self.block_keys: list[Key] = []

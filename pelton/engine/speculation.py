@@ -69,6 +69,7 @@ class SpeculationControl:
     def __init__(self, most: int) -> None:
         self._most = most
         self._seconds: dict[int, float] = {}  # number of tokens in a step that only decodes -> running mean
+        self._draft_seconds: dict[int, float] = {}  # number of sequences -> one token of a draft model for each
         self._acceptance = 0.7  # of a token whose predecessors were right; at first an optimist's
         self._steps_without = 0
         self.num_draft_tokens = 0
@@ -81,7 +82,7 @@ class SpeculationControl:
             seconds = self._time(num_sequences * (1 + length))
             if seconds is None:
                 return length  # find out
-            rate = _expected(self._acceptance, length) / seconds
+            rate = _expected(self._acceptance, length) / (seconds + length * self._draft_time(num_sequences))
             if rate > best_rate:
                 best, best_rate = length, rate
         if best == 0:
@@ -98,6 +99,17 @@ class SpeculationControl:
             return known
         near = [n for n in self._seconds if num_tokens < n <= num_tokens + num_tokens // 8]
         return self._seconds[min(near)] if near else None
+
+    def _draft_time(self, num_sequences: int) -> float:
+        """Seconds of a token of a draft model, as known for the nearest number of sequences; 0 without such a model."""
+        if not self._draft_seconds:
+            return 0.0
+        return self._draft_seconds[min(self._draft_seconds, key=lambda n: abs(n - num_sequences))]
+
+    def draft_took(self, num_sequences: int, seconds: float) -> None:
+        """A draft model took that long for one token of each sequence."""
+        before = self._draft_seconds.get(num_sequences)
+        self._draft_seconds[num_sequences] = seconds if before is None else before + _NEWEST * (seconds - before)
 
     def took(self, num_tokens: int, seconds: float) -> None:
         """A step that only decoded took that long."""

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pelton.backends.base import SampledToken, StepStats
 from pelton.config import SamplingParams
 from pelton.engine.engine import LLMEngine
 from pelton.engine.prefix_cache import CachePolicy
@@ -20,6 +21,19 @@ LONGEST = 16  # tokens of a request
 
 class BrokenError(Exception):
     pass
+
+
+class Opinion:
+    """The samplers of a draft model: what the other one says, or its contrary."""
+
+    def __init__(self, doubt: float) -> None:
+        self.doubt = doubt
+        self.random = random.Random(1)
+
+    def __call__(self, logits, specs, drafts=None):
+        history = [*specs[0].prompt_token_ids, *specs[0].output_token_ids]
+        token = greedy_continuation(history, 2, 1)[0]
+        return [SampledToken(token ^ (self.random.random() < self.doubt))]
 
 
 class Trial:
@@ -33,6 +47,21 @@ class Trial:
         self.executor.max_num_seqs = 1 + draw(4)
         self.executor.max_num_batched_tokens = 1 + draw(12)
         self.now = 0.0
+        self.arrivals = (4, 1)[draw(2)]  # of 13 actions: where few wait, there is time for drafts
+        num_speculative_tokens = max(0, draw(6) - 2)
+        if num_speculative_tokens and draw(4):
+            self.executor.stats = StepStats(seconds=1.0)  # whatever its size: long drafts are best
+        self.draft_executor = None
+        if num_speculative_tokens and draw(2):  # of a model that agrees mostly, half of the time, or never
+            self.draft_executor = FakeExecutor(
+                num_blocks=num_blocks,
+                block_size=block_size,
+                vocab_size=2,
+                max_model_len=(128, 10)[draw(4) == 0],
+                sampler=Opinion(draw(4) / 2),
+                revises=True,
+            )
+            self.draft_executor.max_num_seqs = self.executor.max_num_seqs
         self.engine = LLMEngine(
             self.executor,
             max_num_seqs=self.executor.max_num_seqs,
@@ -41,7 +70,8 @@ class Trial:
             batching=("inflight", "inflight", "dynamic", "static")[draw(4)],
             batching_delay=(None, 3.0)[draw(2)],
             enable_prefix_caching=draw(4) > 0,
-            num_speculative_tokens=max(0, draw(6) - 2),
+            num_speculative_tokens=num_speculative_tokens,
+            draft_executor=self.draft_executor,
             async_scheduling=draw(4) > 0,
             eos_token_ids=frozenset(),
             vocab_size=2,
@@ -56,7 +86,7 @@ class Trial:
 
     def act(self) -> None:
         action = self.draw(13)
-        if action < 4:
+        if action < self.arrivals:
             self.add()
         elif action == 4 and self.asked:
             name = str(self.draw(len(self.asked)))
@@ -65,7 +95,7 @@ class Trial:
                 self.ended[name] = "abort"
         elif action == 5:
             name = ("fail_with", "fail_collect_with")[self.draw(2)]
-            setattr(self.executor, name, BrokenError())
+            setattr(self.draft_executor if self.draft_executor and self.draw(2) else self.executor, name, BrokenError())
         elif action == 6:
             self.drain()
         else:
@@ -152,7 +182,7 @@ def test_any_course_of_events(data):
 
 @pytest.mark.parametrize("part", range(4))
 def test_two_hundred_thousand_operations(part):
-    operations, preemptions, hits, copies, guesses, ahead = 0, 0, 0, 0, 0, 0
+    operations, preemptions, hits, copies, guesses, ahead, drafted = 0, 0, 0, 0, 0, 0, 0
     seed = part
     while operations < 50_000:
         trial = Trial(random.Random(seed).randrange)
@@ -166,8 +196,10 @@ def test_two_hundred_thousand_operations(part):
         hits += stats.cached_tokens
         guesses += min(stats.accepted_tokens, stats.draft_tokens - stats.accepted_tokens)
         ahead += stats.steps_ahead
+        if trial.draft_executor is not None:
+            drafted += min(stats.accepted_tokens, stats.draft_tokens - stats.accepted_tokens)
         copies += sum(len(batch.copies) for batch in trial.executor.batches)
-    assert min(preemptions, hits, copies, guesses, ahead) > 100  # or this would be no test of them
+    assert min(preemptions, hits, copies, guesses, ahead, 10 * drafted) > 100  # or this would be no test of them
 
 
 def test_low_priorities_are_not_starved():

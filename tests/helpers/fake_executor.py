@@ -65,6 +65,7 @@ class FakeExecutor:
         sampler: called with ``fake_logits``; None: the next token is ``next_token`` of the history.
         answer: overrides the next token, given the spec; for tests that want certain words.
         verify: check every position of every sequence in every step, at Python's speed.
+        revises: it makes drafts, hence a sequence may go on with other tokens than it was told.
         stats: what each step reports; None: nothing but the seconds it took.
     """
 
@@ -81,6 +82,7 @@ class FakeExecutor:
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         stats: StepStats | None = None,
+        revises: bool = False,
     ) -> None:
         self.kv_spec = KVSpec(num_blocks, block_size, bytes_per_block=1, max_model_len=max_model_len)
         self.vocab_size = vocab_size
@@ -91,6 +93,7 @@ class FakeExecutor:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_logits: int | None = None
         self.stats = stats
+        self.revises = revises
         self.batches: list[Batch] = []
         self.seconds = 0.0  # spent in here, to be taken off when the engine is measured
         self.closed = False
@@ -169,6 +172,8 @@ class FakeExecutor:
             assert sum(s.num_logits for s in batch.sequences) <= self.max_num_logits
         if self.max_num_batched_tokens is not None:
             assert batch.num_tokens <= self.max_num_batched_tokens
+        if self.revises:
+            return  # forks under another salt do not know what they share: both write the same
         # A block that a step writes has one writer. Who reads it comes later; what it reads, _verify_history checks.
         holders: dict[int, str] = {}
         writers: dict[int, str] = {}
@@ -225,7 +230,7 @@ class FakeExecutor:
             assert len(history) == certain, "sampled before the end of the tokens"
             now_told += enumerate(history)
         for position, token in now_told:
-            assert told[position] in (None, token), "a token differs from the first time"
+            assert self.revises or told[position] in (None, token), "a token differs from the first time"
             told[position] = token
         h = ROOT
         for position in range(start):

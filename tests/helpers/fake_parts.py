@@ -72,6 +72,8 @@ class FakeBuilt:
     eos_token_ids = frozenset({EOS})
     vocab_size = VOCAB_SIZE
     kv_identity = "fake"
+    draft_executor = None
+    draft_vocab_size = None
 
     def __init__(
         self,
