@@ -156,7 +156,7 @@ def answers_for(
     if params.stop and tokenizer is None:
         raise RequestError("stop strings need a tokenizer, and the checkpoint has none", "use stop_token_ids")
     params = _with_token_ids(params, tokenizer, vocab_size)
-    count = params.best_of or params.n
+    count = params.n if params.use_beam_search else params.best_of or params.n
     asked = params
     if count > params.n and params.logprobs is None:  # what the best are found by
         params = replace(params, logprobs=0)
@@ -186,7 +186,9 @@ def answers_for(
 
 
 def require_streamable(params: SamplingParams) -> None:
-    """Raises RequestError for ``best_of``."""
+    """Raises RequestError for ``best_of`` and beam searches."""
+    if params.use_beam_search:
+        raise RequestError("a beam search cannot be streamed: the best are known at the end", "do not stream")
     if params.best_of not in (None, params.n):
         raise RequestError("best_of cannot be streamed: the best are known at the end", "use n, or do not stream")
 
@@ -238,6 +240,10 @@ def add_to(
     from .engine.prefix_cache import CachePolicy
 
     cache = CachePolicy(salt=given.cache_salt)
+    asked = answers[0].asked
+    if asked.use_beam_search:
+        engine.add_request(answers[0].output.request_id, given.token_ids, asked, cache=cache, **options)
+        return
     for i, answer in enumerate(answers):
         engine.add_request(
             answer.sequence_id,

@@ -45,6 +45,10 @@ class StructuredOutputsParams:
             raise RequestError("choice of structured_outputs is empty or holds something else than texts", "give texts")
 
 
+#: Twice as many continuations of each are looked at, which are as many log-probabilities as a sampler gives.
+MAX_BEAMS = 10
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How to continue a prompt. Field names and defaults are those vLLM and OpenAI users know.
@@ -59,6 +63,9 @@ class SamplingParams:
     top_k: int = 0  # 0 or -1: off
     top_p: float = 1.0
     min_p: float = 0.0
+    use_beam_search: bool = False  # the n likeliest answers of a search with best_of beams; no random numbers
+    length_penalty: float = 1.0  # a beam's score is its log-probability / length ** this
+    early_stopping: bool = False  # end a search with the first best_of answers, whatever might still come
     typical_p: float = 1.0  # the tokens of most typical surprise that together have this probability
     repetition_penalty: float = 1.0  # > 1 discourages tokens of prompt and output
     presence_penalty: float = 0.0
@@ -83,7 +90,13 @@ class SamplingParams:
         for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids", "logits_processors"):
             if not isinstance(getattr(self, name) or (), (str, Sequence, set, frozenset)):
                 raise RequestError(f"{name} is {getattr(self, name)!r}", "give a list")
-        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+        for name in (
+            "ignore_eos",
+            "use_beam_search",
+            "early_stopping",
+            "include_stop_str_in_output",
+            "skip_special_tokens",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} is {getattr(self, name)!r}", "give True or False")
         structured: Any = self.structured_outputs
@@ -116,6 +129,7 @@ class SamplingParams:
             ("min_tokens", 0, math.inf),
             ("logprobs", 0, 20),
             ("prompt_logprobs", 0, 20),
+            ("length_penalty", -100.0, 100.0),
         ):
             value = getattr(self, name)
             if value is None and name in ("best_of", "seed", "max_tokens", "logprobs", "prompt_logprobs"):
@@ -129,10 +143,22 @@ class SamplingParams:
             raise RequestError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}", "lower min_tokens")
         if self.best_of is not None and self.best_of < self.n:
             raise RequestError(f"best_of {self.best_of} is less than n {self.n}", "raise it to n or more")
+        if self.use_beam_search:
+            self._check_beam_search()
         if any(not isinstance(s, str) or not s for s in stop):
             raise RequestError("a stop string is empty or no string", "remove it")
         if any(not callable(p) for p in self.logits_processors):
             raise RequestError("logits_processors holds something that cannot be called", "give functions")
+
+    def _check_beam_search(self) -> None:
+        if (self.best_of or self.n) > MAX_BEAMS:
+            raise RequestError(f"best_of of a beam search is {self.best_of or self.n}", f"choose at most {MAX_BEAMS}")
+        unfit = {"stop": (), "bad_words": (), "allowed_token_ids": None, "logits_processors": (), "logit_bias": None,
+                 "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+                 "structured_outputs": None}  # fmt: skip
+        for name, default in unfit.items():
+            if getattr(self, name) != default:
+                raise RequestError(f"{name} has no meaning in a beam search", "leave it out, or use_beam_search")
 
     def _check_tokens(self) -> None:
         """What names tokens: plain tuples and dicts from here on, with ids from 0."""

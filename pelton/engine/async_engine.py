@@ -72,8 +72,7 @@ class AsyncEngine:
         self._command(lambda: self._add(request_id, prompt, params, options))
 
     def _add(self, request_id: str, prompt: tuple[int, ...], params: SamplingParams, options: dict[str, Any]) -> None:
-        self._engine.add_request(request_id, prompt, params, **options)
-        self._unfinished.add(request_id)
+        self._unfinished.update(self._engine.add_request(request_id, prompt, params, **options))
 
     def finish(self, request_id: str, reason: Any = "abort") -> None:
         """End a request, if it is still there; no output of it is on its way afterwards but those that are already."""
@@ -81,7 +80,8 @@ class AsyncEngine:
         def end() -> None:
             if request_id in self._unfinished:
                 self._unfinished.discard(request_id)
-                self._engine.finish(request_id, reason)
+                if self._engine.is_unfinished(request_id):  # the answers of a beam search end together
+                    self._engine.finish(request_id, reason)
 
         self._command(end)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -20,6 +20,7 @@ from ..config import SamplingParams
 from ..errors import RequestError
 from ..metrics import RequestMetrics
 from ..outputs import Logprob
+from .beam_search import BeamSearch, Continuation
 from .draft_model import DraftModel
 from .prefix_cache import CachePolicy, keys_of
 from .prefix_file import PrefixFileError, read_prefix, write_prefix
@@ -132,7 +133,9 @@ class LLMEngine:
         self._vocab_size = vocab_size
         self._seed = seed
         self._clock = clock
-        self._num_added = 0
+        self._num_added = 0  # requests
+        self._num_sequences = 0
+        self._searches: dict[str, BeamSearch] = {}  # by the ids of their answers
         self._stats = EngineStats()
         self._steps: deque[StepRecord] = deque(maxlen=_STEPS_KEPT)
 
@@ -160,8 +163,11 @@ class LLMEngine:
         cache: CachePolicy | None = None,
         parent_id: str | None = None,
         grammar: Grammar | None = None,
-    ) -> None:
-        """Queue a request. ``params.n`` is not looked at: the layer above adds n requests.
+    ) -> tuple[str, ...]:
+        """Queue a request; the ids that its outputs will have.
+
+        That is the request's own, as ``params.n`` is not looked at: the layer above adds n requests. A beam search
+        is one request, with the ids ``f"{request_id}.{i}"`` if n > 1; its answers come at its end.
 
         Args:
             arrival_time: when the request was sent, in seconds of the engine's clock; None: now.
@@ -177,9 +183,15 @@ class LLMEngine:
             RequestError: the id is in use, the parent has another prompt, or ``validate`` refuses the request.
         """
         prompt = tuple(prompt_token_ids)
-        if self._state.find(request_id) is not None:
+        if self.is_unfinished(request_id):
             raise RequestError(f"request id {request_id!r} is in use", "choose another one")
         max_total_tokens = self.validate(prompt, params)
+        width, num_answers, num_top = params.best_of or params.n, params.n, params.logprobs
+        if params.use_beam_search:
+            top = min(2 * width, self._vocab_size)
+            params = replace(params, n=1, best_of=None, temperature=0.0, logprobs=top)
+            if grammar is not None or parent_id is not None:
+                raise RequestError("a beam search has neither grammar nor parent", "leave them out")
         cache = cache or CachePolicy()
         if params.prompt_logprobs is not None:  # every token of the prompt is computed
             cache, parent_id = replace(cache, read=False), None
@@ -201,20 +213,32 @@ class LLMEngine:
         if parent is not None and parent.request.prompt_token_ids != prompt:
             raise RequestError(f"request {request_id!r} has another prompt than its parent", "add it without")
         self._num_added += 1
-        sequence = Sequence(request, self._num_added, parent, grammar)
+        self._num_sequences += 1
+        sequence = Sequence(request, self._num_sequences, parent, grammar)
+        ids: tuple[str, ...] = (request_id,)
+        if params.use_beam_search:
+            if num_answers > 1:
+                ids = tuple(f"{request_id}.{i}" for i in range(num_answers))
+            sequence.search = BeamSearch(sequence, width, ids, num_top)
+            self._searches.update(dict.fromkeys(ids, sequence.search))
         self._num_grammars += grammar is not None
         self._state.add(sequence)
         if deadline is not None:
-            heapq.heappush(self._deadlines, (deadline, self._num_added, sequence))
+            heapq.heappush(self._deadlines, (deadline, self._num_sequences, sequence))
+        return ids
 
     def validate(self, prompt: tuple[int, ...], params: SamplingParams) -> int:
         """The tokens, prompt + output, that such a request may have. May be called from any thread.
+
+        Of a beam search, each beam.
 
         Raises:
             RequestError: the prompt is empty, is too long for the context or the KV pool, or it or a parameter names
                 tokens outside the vocabulary.
         """
         max_total_tokens = self._check_lengths(len(prompt), params)
+        if params.use_beam_search:
+            self._check_beams(len(prompt), max_total_tokens, params.best_of or params.n)
         named: tuple[tuple[str, Collection[int]], ...] = (
             ("the prompt holds", prompt),
             ("stop_token_ids holds", params.stop_token_ids),
@@ -262,9 +286,30 @@ class LLMEngine:
             )
         return total
 
+    def _check_beams(self, num_prompt_tokens: int, max_total_tokens: int, width: int) -> None:
+        """Beams wait for each other: all of them must have room at once."""
+        if width > self._policy.max_num_seqs:
+            raise RequestError(
+                f"a search with {width} beams, at most {self._policy.max_num_seqs} sequences run at once",
+                "lower best_of or raise max_num_seqs",
+            )
+        size = self._kv_spec.block_size
+        shared = num_prompt_tokens // size
+        needed = shared + width * (-(-max_total_tokens // size) - shared)
+        if needed > self._kv_spec.num_blocks:
+            raise RequestError(
+                f"{width} beams of {max_total_tokens} tokens need {needed * size} tokens of KV cache, it holds"
+                f" {self._kv_spec.num_blocks * size}",
+                "lower max_tokens or best_of, or raise kv_cache_memory",
+            )
+
     def abort(self, request_id: str) -> RequestMetrics | None:
         """End a request with finish_reason "abort". None if it is unknown or finished, which is no error."""
-        return self.finish(request_id, "abort") if self._state.find(request_id) is not None else None
+        return self.finish(request_id, "abort") if self.is_unfinished(request_id) else None
+
+    def is_unfinished(self, request_id: str) -> bool:
+        """Whether outputs under this id may still come."""
+        return self._state.find(request_id) is not None or request_id in self._searches
 
     def finish(self, request_id: str, reason: Literal["stop", "length", "abort"]) -> RequestMetrics:
         """End a running request from outside: the layer that sees text found a stop string.
@@ -272,6 +317,10 @@ class LLMEngine:
         Raises:
             KeyError: no such unfinished request.
         """
+        search = self._searches.get(request_id)
+        if search is not None:  # of all its answers
+            self._end_search(search, reason)
+            return search.root.metrics()
         sequence = self._state.find(request_id)
         if sequence is None:
             raise KeyError(request_id)
@@ -360,9 +409,13 @@ class LLMEngine:
         ):
             if sequence.status is Status.FINISHED:
                 continue  # when this step was on its way
-            if scheduled.targets and index not in output.failures:
+            failure = output.failures.get(index)
+            if scheduled.targets and failure is None:
                 sequence.prompt_logprobs += output.targets[index]
-            if not sampled and index not in output.failures:
+            if not sampled and failure is None:
+                continue
+            if sequence.search is not None:
+                self._take_beam(sequence.search, sequence, None if failure else sampled[0].logprobs, now, failure)
                 continue
             if sampled and scheduled.num_drafts:
                 sampled = self._verified(sequence, scheduled, sampled)
@@ -377,8 +430,8 @@ class LLMEngine:
                 result.logprobs += (logprobs,)
                 if self._ends(sequence, token_id):
                     break
-            if index in output.failures:
-                self._state.remove(sequence, "error", output.failures[index])
+            if failure is not None:
+                self._state.remove(sequence, "error", failure)
             num_tokens += len(result.token_ids)
             if is_first and result.token_ids:
                 num_first += 1
@@ -398,6 +451,80 @@ class LLMEngine:
             self._prepare_masks(following.planned)
         self._account(planned, output.stats, now, num_tokens, num_first)
 
+    def _take_beam(
+        self,
+        search: BeamSearch,
+        sequence: Sequence,
+        following: Mapping[int, Logprob] | None,
+        now: float,
+        failure: str | None,
+    ) -> None:
+        """What a step brought to a beam. It goes on when all of its search have got as far."""
+        sequence.num_pending = 0
+        sequence.held = True
+        if following is None:
+            for request_id in self._end_search(search, "error", failure):
+                metrics = sequence.metrics()
+                self._ready.append(EngineOutput(request_id, sequence, (), (), "error", failure, metrics))
+        elif search.report(sequence, following):
+            going = search.advance(now)
+            if going:
+                self._fork_beams(search, going, now)
+            else:
+                self._hand_out(search)
+
+    def _fork_beams(self, search: BeamSearch, going: SequenceOf[Continuation], now: float) -> None:
+        """Let beams go on: the likeliest continuation of each in its own blocks, others as forks."""
+        state = self._state
+        beams: dict[Sequence, Continuation] = {}
+        forks: list[Sequence] = []
+        for one in going:
+            sequence = one.sequence
+            if sequence in beams:
+                self._num_sequences += 1
+                request = replace(sequence.request, request_id=f"{search.root.request_id}/{self._num_sequences}")
+                sequence = Sequence(request, self._num_sequences, one.sequence)
+                sequence.copy_output(one.sequence)
+                sequence.search = search
+                forks.append(sequence)
+            beams[sequence] = one
+        for sequence in search.sequences:
+            if sequence not in beams:
+                state.remove(sequence, "abort")
+        for fork in forks:
+            state.add(fork, at_once=True)
+        for sequence, one in beams.items():
+            sequence.append(one.token_id, now)
+            state.let_go(sequence)
+        search.adopt(beams)
+
+    def _hand_out(self, search: BeamSearch) -> None:
+        """The search is over: its best hypotheses are the answers."""
+        root = search.root
+        prompt_len = len(root.request.prompt_token_ids)
+        self._stats.prompt_tokens += prompt_len
+        self._stats.cached_tokens += root.num_cached_tokens
+        for request_id, best in zip(self._end_search(search, "stop"), search.ended, strict=False):
+            metrics = replace(root.metrics(), token_times=best.token_times)
+            reason = None
+            if best.finish_reason == "stop" and best.token_ids[-1] not in self._eos_token_ids:
+                reason = best.token_ids[-1]
+            tokens = best.token_ids
+            self._stats.output_tokens += len(tokens)
+            self._ready.append(
+                EngineOutput(
+                    request_id, root, best.token_ids, search.logprobs(best), best.finish_reason, reason, metrics
+                )
+            )
+
+    def _end_search(self, search: BeamSearch, reason: FinishReason, stop_reason: str | None = None) -> tuple[str, ...]:
+        """Forget a search and its beams; the ids of its answers."""
+        for sequence in search.sequences:
+            self._state.remove(sequence, reason, stop_reason)
+        for request_id in search.answer_ids:
+            del self._searches[request_id]
+        return search.answer_ids
+
     def drain(self) -> None:
         """Wait for the step that runs: what follows may touch the executor. Its outputs come with the next ``step``."""
         if self._flight is not None:
@@ -414,6 +541,8 @@ class LLMEngine:
         if not length:
             return []
         for sequence in sequences:
+            if sequence.search is not None:
+                continue
             if self._draft_model is not None:
                 sequence.draft = (PENDING,) * length  # the draft model is asked when it is known who gets how many
                 continue
@@ -463,7 +592,13 @@ class LLMEngine:
         return False
 
     def _time_out(self, sequence: Sequence) -> None:
-        if sequence.status is not Status.FINISHED:
+        search = sequence.search
+        if search is not None:
+            if self._searches.get(search.answer_ids[0]) is search:
+                for request_id in self._end_search(search, "timeout"):
+                    ended = EngineOutput(request_id, sequence, (), (), "timeout", None, sequence.metrics())
+                    self._ready.append(ended)
+        elif sequence.status is not Status.FINISHED:
             self._state.remove(sequence, "timeout")
             self._ready.append(EngineOutput(sequence.request_id, sequence, (), (), "timeout", None, sequence.metrics()))
 

@@ -13,6 +13,7 @@ from ..outputs import Logprob
 from .prefix_cache import CachePolicy, Key, extend_keys, root_key
 
 if TYPE_CHECKING:
+    from .beam_search import BeamSearch
     from .speculation import NgramProposer
     from .structured import Grammar
 
@@ -66,8 +67,8 @@ class Sequence:
     tokens come from steps that are on their way.
 
     ``parent``: the tokens of this sequence start with those of the parent, whose blocks it takes over when it is
-    admitted. ``forks`` are the sequences that wait for this one's prompt to be computed. ``order`` sorts sequences:
-    those that go first have the smaller one.
+    first admitted. ``forks`` are the sequences that wait for this one's prompt to be computed. ``order`` sorts
+    sequences: those that go first have the smaller one.
     """
 
     __slots__ = (
@@ -79,6 +80,7 @@ class Sequence:
         "first_scheduled_time",
         "forks",
         "grammar",
+        "held",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_pending",
@@ -91,6 +93,7 @@ class Sequence:
         "request",
         "root_key",
         "sample_spec",
+        "search",
         "status",
         "stop_reason",
         "token_ids",
@@ -108,6 +111,8 @@ class Sequence:
         self.draft: tuple[int, ...] = ()  # what may follow, for the next step
         self.draft_progress: Any = None  # a draft model's own affair
         self.forks: list[Sequence] = []
+        self.search: BeamSearch | None = None  # that it is a beam of
+        self.held = False  # it waits for the other beams to get as far
         self.root_key: Key = root_key(request.cache.salt)
         self.block_keys: list[Key] = []
         self.prompt_logprobs: list[dict[int, Logprob]] = []  # of the second token and up, if wanted
@@ -153,6 +158,13 @@ class Sequence:
         self.token_ids.append(token_id)
         self.output_token_ids.append(token_id)
         self.token_times.append(now)
+
+    def copy_output(self, other: Sequence) -> None:
+        """Take over all tokens of another sequence with the same prompt."""
+        self.token_ids[:] = other.token_ids
+        self.output_token_ids[:] = other.output_token_ids
+        self.token_times[:] = other.token_times
+        self.num_cached_tokens, self.first_scheduled_time = other.num_cached_tokens, other.first_scheduled_time
 
     def keys(self, block_size: int) -> list[Key]:
         """What the full blocks of this sequence hold, block after block."""

@@ -81,11 +81,16 @@ class SchedulerState:
         self._queue: list[tuple[tuple[float, int], Sequence]] = []
         self._lobby: list[tuple[tuple[float, int], Sequence]] = []
 
-    def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait: for its turn, or first for the prompt of its parent."""
+    def add(self, sequence: Sequence, *, at_once: bool = False) -> None:
+        """Let a sequence wait: for its turn, or first for the prompt of its parent.
+
+        at_once: it belongs to a batch that runs, if batches are not in flight.
+        """
         self.waiting[sequence.request_id] = sequence
         parent = sequence.parent
-        if parent is not None and parent.status is not Status.FINISHED and not parent.output_token_ids:
+        if at_once:
+            heapq.heappush(self._queue, (sequence.order, sequence))
+        elif parent is not None and parent.status is not Status.FINISHED and not parent.output_token_ids:
             parent.forks.append(sequence)
         else:
             heapq.heappush(self._lobby, (sequence.order, sequence))
@@ -177,7 +182,14 @@ class SchedulerState:
         sequence.status = Status.PREEMPTED
         sequence.num_preemptions += 1
         self.waiting[sequence.request_id] = sequence
-        heapq.heappush(self._queue, (sequence.order, sequence))
+        if not sequence.held:
+            heapq.heappush(self._queue, (sequence.order, sequence))
+
+    def let_go(self, sequence: Sequence) -> None:
+        """A sequence that was held goes on."""
+        sequence.held = False
+        if sequence.status is Status.PREEMPTED:
+            heapq.heappush(self._queue, (sequence.order, sequence))
 
     def remember(self, sequence: Sequence, start: int, end: int, now: float) -> list[int]:
         """Let others find the blocks that the tokens [start, end) make full; those that were not known before."""
@@ -231,6 +243,7 @@ class SchedulerState:
                 raise RuntimeError(f"{sequence.request_id} holds KV blocks without running")
         queued = {id(s) for heap in (self._queue, self._lobby) for _, s in heap}
         parked = {id(f) for s in (*self.running.values(), *self.waiting.values()) for f in s.forks}
+        parked |= {id(s) for s in self.waiting.values() if s.held}
         for sequence in self.waiting.values():
             if (id(sequence) in queued) == (id(sequence) in parked):
                 raise RuntimeError(f"{sequence.request_id} waits nowhere, or twice")
@@ -268,6 +281,8 @@ class _Step:
         for sequence in list(state.running.values()):
             if sequence.status is not Status.RUNNING:
                 break  # preempted below, and so is everything after it
+            if sequence.held:
+                continue
             computed = sequence.num_computed_tokens
             token_ids, pending = sequence.token_ids, sequence.num_pending
             if len(token_ids) + pending - computed > 1:
@@ -473,6 +488,7 @@ class _Step:
             own = blocks.allocate(needed - len(shared))
         sequence.block_ids = shared + own
         sequence.num_computed_tokens = computed
+        sequence.parent = None  # from here on they differ
 
 
 def schedule(state: SchedulerState, policy: Policy, now: float, *, flush: bool = False) -> Schedule:
@@ -482,9 +498,24 @@ def schedule(state: SchedulerState, policy: Policy, now: float, *, flush: bool =
     while a batch that is not in flight waits to be filled.
     """
     state.blocks.expire(now)
-    step = _Step(state, policy, now)
     if state.waiting:
         state.open_doors(policy, now, flush)
+    step = _compose(state, policy, now)
+    displaced = step.displaced
+    while not step.scheduled and state.running and state.first_waiting() is not None:
+        # All who run are held for beams that find no room.
+        displaced.append(state.last_running())
+        state.preempt(displaced[-1])
+        step = _compose(state, policy, now)
+        displaced += step.displaced
+    batch = Batch(tuple(step.scheduled), tuple(step.copies))
+    preempted = (*displaced, *step.preempted)
+    return Schedule(batch, tuple(step.sequences), preempted, step.promised, step.num_cached_tokens)
+
+
+def _compose(state: SchedulerState, policy: Policy, now: float) -> _Step:
+    step = _Step(state, policy, now)
+    if state.waiting:
         step.make_room()
     for sequence in step.decodes():
         if step.tokens_left and sequence.status is Status.RUNNING:
@@ -492,9 +523,7 @@ def schedule(state: SchedulerState, policy: Policy, now: float, *, flush: bool =
     # The victim of a preemption would take back the very blocks that were just freed.
     if not step.preempted and state.waiting:
         step.admissions()
-    batch = Batch(tuple(step.scheduled), tuple(step.copies))
-    preempted = (*step.displaced, *step.preempted)
-    return Schedule(batch, tuple(step.sequences), preempted, step.promised, step.num_cached_tokens)
+    return step
 
 
 def schedule_ahead(state: SchedulerState, policy: Policy, now: float) -> Schedule | None:
@@ -503,6 +532,8 @@ def schedule_ahead(state: SchedulerState, policy: Policy, now: float) -> Schedul
         return None
     needed = 0  # blocks
     for sequence in state.running.values():
+        if sequence.search is not None:
+            return None  # its next token is chosen by comparison with others
         computed = sequence.num_computed_tokens
         if not sequence.num_pending or len(sequence.token_ids) + sequence.num_pending - computed != 1:
             return None  # a prompt: what comes in beside such a long step shall not wait for one more
