@@ -6,7 +6,7 @@ tensor library or a device, so a fake, the NumPy oracle, the CPU and a GPU are t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -58,7 +58,8 @@ class ScheduledSequence(NamedTuple):
 
     ``block_ids`` covers positions [0, num_computed_tokens + len(token_ids)).
     ``sample`` is None for a prefill chunk that does not reach the end of the prompt. The last ``num_drafts`` tokens
-    are guesses: tokens are sampled after the one before them, and after each of them.
+    are guesses: tokens are sampled after the one before them, and after each of them. ``adapter`` is the slot of the
+    adapter that the sequence uses, 0 for none.
     """
 
     request_id: str
@@ -67,6 +68,7 @@ class ScheduledSequence(NamedTuple):
     block_ids: tuple[int, ...]
     sample: SampleSpec | None
     num_drafts: int = 0
+    adapter: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +229,18 @@ class Executor(Protocol):
 
         Raises:
             ValueError: that is of another shape.
+        """
+        ...
+
+    def set_adapter(
+        self, slot: int, weights: Mapping[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]] | None
+    ) -> None:
+        """Make a slot, from 1 on, hold a low-rank adapter; None: nothing. Not during a step that uses the slot.
+
+        weights: per module, by its Hugging Face name, A [rank, in] and B [out, rank] with the adapter's scale in it.
+
+        Raises:
+            ValueError: there is no such slot or module, or the shapes are not the module's.
         """
         ...
 
