@@ -239,6 +239,7 @@ def add_to(
             cache=cache,
             parent_id=answers[0].sequence_id if i else None,
             grammar=None if grammar is None else grammar.copy(),
+            adapter=given.lora,
             **options,
         )
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .backends.base import Executor, KVSpec
 from .checkpoint import Checkpoint, open_checkpoint, resolve_model
@@ -25,6 +25,9 @@ from .nn import trace
 from .passes import bind_types, run_passes
 from .program import Program, lower
 from .quantize import QUANTIZATIONS, fitting, weight_type
+
+if TYPE_CHECKING:
+    from .checkpoint.peft import LoraAdapter
 
 #: Where configs say how long a context the model was trained for.
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
@@ -95,6 +98,24 @@ class Built:
 
         return measured_peaks(self.plan.isa, self.plan.threads, achieved=achieved)["read_bandwidth"]
 
+    def read_adapter(self, name: str) -> LoraAdapter:
+        """A PEFT adapter for this model, from a folder or a hub id.
+
+        Raises:
+            PeltonError: the model was loaded without adapters, or this one cannot be used.
+        """
+        from .checkpoint.peft import read_adapter
+
+        config = self.plan.config
+        if not config.enable_lora:
+            raise RequestError("this model was loaded without room for adapters", "load it with enable_lora=True")
+        modules = {
+            module: (table.type.in_features, width)
+            for table in self.plan.program.adapters
+            for module, width in zip(table.modules, table.type.widths, strict=True)
+        }
+        return read_adapter(resolve_model(name or "."), modules, config.max_lora_rank)
+
     @cached_property
     def kv_identity(self) -> str:
         """Which model computes keys and values, and how: two that agree may use each other's."""
@@ -148,12 +169,12 @@ def plan(config: EngineConfig) -> Plan:
     Raises:
         PeltonError: any problem of the checkpoint or the configuration, in one line.
     """
-    from .backends.cpu.executor import cache_bytes_per_block, choose_isa, constant_bytes
+    from .backends.cpu.executor import adapter_bytes, cache_bytes_per_block, choose_isa, constant_bytes
     from .engine.speculation import max_num_logits
 
     checkpoint = open_checkpoint(resolve_model(config.model))
     _check(config)
-    graph = run_passes(bound_graph(config, checkpoint))
+    graph = run_passes(bound_graph(config, checkpoint), lora=config.lora)
     context = trained_context(checkpoint.config)
     if config.max_model_len is not None and config.max_model_len > context:
         raise RequestError(
@@ -181,7 +202,7 @@ def plan(config: EngineConfig) -> Plan:
             ) from error
         sizes[constant.packing] = sizes.get(constant.packing, 0) + size
     mapped = sizes.pop("rows", 0)
-    without_kv = Ledger(sum(sizes.values()), mapped, 0, 0, 0, program.arena_bytes)
+    without_kv = Ledger(sum(sizes.values()), mapped, 0, 0, 0, program.arena_bytes, adapter_bytes(program))
     block_bytes = cache_bytes_per_block(program, config.block_size)
     available = available_memory()
     kv_spec = _kv_spec(config, context, block_bytes, max(0, available - without_kv.total))
@@ -321,6 +342,12 @@ def _check(config: EngineConfig) -> None:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise PeltonError(f"{name} is {value!r}", "give a whole number from 1")
+    for name, most in (("max_loras", 1024), ("max_lora_rank", 512)):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise PeltonError(f"{name} is {value!r}", f"give a whole number from 1 to {most}")
+    if not isinstance(config.enable_lora, bool):
+        raise PeltonError(f"enable_lora is {config.enable_lora!r}", "give True or False")
     for name in ("threads", "max_model_len", "kv_cache_memory"):
         value = getattr(config, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

@@ -194,6 +194,9 @@ class EngineConfig:
     batching: Literal["inflight", "dynamic", "static"] = "inflight"  # the others only to see the difference
     batching_delay: float | None = None  # seconds such a batch waits to fill; None: 0.05 dynamic, 1 static
     num_speculative_tokens: int = 0  # longest draft, guessed from the text so far; 0: no speculation
+    enable_lora: bool = False  # adapters at run time; costs a little even while no request uses one
+    max_loras: int = 4  # adapters in memory at once; their room is taken at the start
+    max_lora_rank: int = 16  # of an adapter; the room of all grows with it
     enable_prefix_caching: bool = True  # find what earlier requests have computed
     block_size: int = 16  # tokens per KV block; 16 keys fill one 512-bit register
     kv_cache_memory: int | None = None  # bytes; None: room for max_num_seqs, within free memory
@@ -207,6 +210,11 @@ class EngineConfig:
         for name in ("dtype", "kv_cache_dtype"):  # the names that torch and vLLM have for the same types
             value = getattr(self, name)
             object.__setattr__(self, name, {"float32": "f32", "bfloat16": "bf16"}.get(value, value))
+
+    @property
+    def lora(self) -> tuple[int, int] | None:
+        """(max_loras, max_lora_rank); None without adapters."""
+        return (self.max_loras, self.max_lora_rank) if self.enable_lora else None
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:

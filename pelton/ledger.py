@@ -20,12 +20,13 @@ class Ledger:
     kv_bytes_per_token: int
     kv_tokens: int
     arena: int  # activations and logits of the largest step
+    adapters: int = 0  # max_loras at max_lora_rank
     runtime: int = RUNTIME_BYTES
 
     @property
     def total(self) -> int:
         """What must fit in memory; mapped tables count, because a long batch touches most of them."""
-        return self.weights + self.mapped + self.kv_cache + self.arena + self.runtime
+        return self.weights + self.mapped + self.kv_cache + self.arena + self.adapters + self.runtime
 
     def rows(self) -> list[tuple[str, int, str]]:
         """(purpose, bytes, remark) for a table."""
@@ -34,6 +35,7 @@ class Ledger:
             ("lookup tables", self.mapped, "mapped from disk, touched rows only"),
             ("KV cache", self.kv_cache, f"{self.kv_tokens:,} tokens of {self.kv_bytes_per_token:,} bytes"),
             ("activations", self.arena, "arena of the largest step"),
+            *([("adapters", self.adapters, "max_loras of max_lora_rank")] if self.adapters else []),
             ("runtime", self.runtime, "Python and libraries"),
             ("total", self.total, ""),
         ]

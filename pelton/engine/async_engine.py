@@ -11,11 +11,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 from ..config import SamplingParams
-from ..errors import PeltonError
+from ..errors import PeltonError, RequestError
 from .engine import EngineOutput, EngineStats, LLMEngine
+
+_T = TypeVar("_T")
 
 #: Seconds between two looks at a static or dynamic batch that waits to be filled.
 _POLL = 0.002
@@ -67,11 +69,16 @@ class AsyncEngine:
         self._require_alive()
         prompt = tuple(prompt_token_ids)
         self._engine.validate(prompt, params)
+        self._engine.adapters.get(options.get("adapter"))
         options.setdefault("arrival_time", self._engine.now())
         self._command(lambda: self._add(request_id, prompt, params, options))
 
     def _add(self, request_id: str, prompt: tuple[int, ...], params: SamplingParams, options: dict[str, Any]) -> None:
-        self._engine.add_request(request_id, prompt, params, **options)
+        try:
+            self._engine.add_request(request_id, prompt, params, **options)
+        except RequestError as error:  # its adapter was removed in the meantime
+            self._on_failure([request_id], error)
+            return
         self._unfinished.add(request_id)
 
     def finish(self, request_id: str, reason: Any = "abort") -> None:
@@ -84,14 +91,14 @@ class AsyncEngine:
 
         self._command(end)
 
-    def call(self, function: Callable[[LLMEngine], Any]) -> Future[Any]:
+    def call(self, function: Callable[[LLMEngine], _T]) -> Future[_T]:
         """Run a function on the engine between two steps.
 
         Raises:
             EngineDeadError: there is no engine any more.
         """
         self._require_alive()
-        future: Future[Any] = Future()
+        future: Future[_T] = Future()
 
         def run() -> None:
             try:
@@ -105,6 +112,10 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """Totals as of the last step."""
         return self._stats
+
+    def adapter_names(self) -> list[str]:
+        """Those that requests may name."""
+        return self._engine.adapters.names()
 
     @property
     def error(self) -> BaseException | None:

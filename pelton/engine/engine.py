@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..backends.base import Executor, SampledToken, ScheduledSequence, StepStats
 from ..config import SamplingParams
 from ..errors import RequestError
 from ..metrics import RequestMetrics
 from ..outputs import Logprob
+from .adapters import Adapters
 from .prefix_cache import CachePolicy, keys_of
 from .prefix_file import PrefixFileError, read_prefix, write_prefix
 from .request import FinishReason, Request, Sequence, Status, derive_seed
@@ -89,6 +90,7 @@ class LLMEngine:
         batching_delay: seconds that the first of such a batch waits for others; None: the mode's own.
         num_speculative_tokens: longest draft; 0: no speculation.
         enable_prefix_caching: find what earlier requests have computed.
+        max_loras: adapters that the executor has slots for.
         eos_token_ids: tokens that end a sequence unless the request ignores them.
         vocab_size: prompt tokens must be below it.
         seed: from it come the seeds of requests that have none.
@@ -109,6 +111,7 @@ class LLMEngine:
         batching_delay: float | None = None,
         num_speculative_tokens: int = 0,
         enable_prefix_caching: bool = True,
+        max_loras: int = 0,
         eos_token_ids: frozenset[int],
         vocab_size: int,
         seed: int = 0,
@@ -125,6 +128,7 @@ class LLMEngine:
         )  # fmt: skip
         self._speculation = SpeculationControl(num_speculative_tokens) if num_speculative_tokens else None
         self._state = SchedulerState(self._kv_spec.num_blocks, self._kv_spec.block_size, caching=enable_prefix_caching)
+        self._adapters = Adapters(max_loras)
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap
         self._num_grammars = 0  # that were ever asked for: without any, steps need not look for them
         self._timed_out: list[EngineOutput] = []  # that nobody knows yet: a step that fails has no outputs
@@ -160,6 +164,7 @@ class LLMEngine:
         cache: CachePolicy | None = None,
         parent_id: str | None = None,
         grammar: Grammar | None = None,
+        adapter: str | None = None,
     ) -> None:
         """Queue a request. ``params.n`` is not looked at: the layer above adds n requests.
 
@@ -172,9 +177,11 @@ class LLMEngine:
             parent_id: an unfinished request with the same prompt, which is computed once for both.
             grammar: what the answer must follow; its own, not used by others. It ends with an end-of-sequence token,
                 whatever ``ignore_eos`` says.
+            adapter: the name of one that was added.
 
         Raises:
-            RequestError: the id is in use, the parent has another prompt, or ``validate`` refuses the request.
+            RequestError: the id is in use, the parent has another prompt or adapter, there is no such adapter, or
+                ``validate`` refuses the request.
         """
         prompt = tuple(prompt_token_ids)
         if self._state.find(request_id) is not None:
@@ -193,10 +200,13 @@ class LLMEngine:
             priority=priority,
             deadline=deadline,
             cache=cache or CachePolicy(),
+            adapter=self._adapters.get(adapter),
         )
         parent = self._state.find(parent_id) if parent_id is not None else None  # if finished: alone, then
         if parent is not None and parent.request.prompt_token_ids != prompt:
             raise RequestError(f"request {request_id!r} has another prompt than its parent", "add it without")
+        if parent is not None and parent.request.adapter != request.adapter:
+            raise RequestError(f"request {request_id!r} has another adapter than its parent", "add it without")
         self._num_added += 1
         sequence = Sequence(request, self._num_added, parent, grammar)
         self._num_grammars += grammar is not None
@@ -227,6 +237,39 @@ class LLMEngine:
                         f"give ids from 0 to {self._vocab_size - 1}; were they made by another tokenizer?",
                     )
         return max_total_tokens
+
+    @property
+    def adapters(self) -> Adapters:
+        """Those that requests may name."""
+        return self._adapters
+
+    def add_adapter(self, name: str, identity: str, weights: Mapping[str, Any]) -> None:
+        """Let requests use an adapter. Between steps, beside requests that use others or none.
+
+        identity: of its weights. weights: as for :meth:`~pelton.backends.base.Executor.set_adapter`.
+
+        Raises:
+            RequestError: the name is in use, or there is no slot.
+        """
+        adapter = self._adapters.place(name, identity)
+        self._executor.set_adapter(adapter.slot, weights)
+        self._adapters.add(adapter)
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter. Between steps.
+
+        Raises:
+            RequestError: there is none of this name, or unfinished requests use it.
+        """
+        adapter = self._adapters.get(name)
+        assert adapter is not None
+        unfinished = (*self._state.running.values(), *self._state.waiting.values())
+        users = sum(sequence.request.adapter == adapter for sequence in unfinished)
+        if users:
+            requests = "a request that is" if users == 1 else f"{users} requests that are"
+            raise RequestError(f"adapter {name!r} is used by {requests} unfinished", "wait for them, or abort them")
+        self._adapters.remove(adapter)
+        self._executor.set_adapter(adapter.slot, None)
 
     def now(self) -> float:
         """Seconds of the engine's clock."""
@@ -434,17 +477,21 @@ class LLMEngine:
             if self._speculation is not None:
                 self._speculation.took(planned.batch.num_tokens, step.seconds)
 
-    def save_prefix(self, path: Path, identity: str, token_ids: Iterable[int], salt: str = "") -> int:
+    def save_prefix(
+        self, path: Path, identity: str, token_ids: Iterable[int], salt: str = "", adapter: str | None = None
+    ) -> int:
         """Write to a file what the prefix cache has of ``token_ids``; how many tokens that is.
 
-        identity: of the model and of how it computes; ``load_prefix`` refuses other files.
+        identity: of the model and of how it computes; ``load_prefix`` refuses other files. adapter: the name of the one
+        that computed them.
 
         Raises:
             PrefixFileError: the cache has none of it, or the file cannot be written.
         """
         tokens = list(token_ids)
         block_size = self._state.block_size
-        keys = keys_of(tokens, salt, block_size)
+        computed_by = self._adapter_identity(adapter)
+        keys = keys_of(tokens, salt, block_size, computed_by)
         found, _ = self._state.blocks.find(keys)
         if not found:
             raise PrefixFileError(
@@ -452,18 +499,25 @@ class LLMEngine:
                 f"run a request that begins with them, at least {block_size}",
             )
         count = len(found) * block_size
-        write_prefix(path, identity, tokens[:count], self._executor.read_blocks(found))
+        write_prefix(path, identity + computed_by, tokens[:count], self._executor.read_blocks(found))
         return count
 
-    def load_prefix(self, path: Path, identity: str, salt: str = "", retention: int = 100) -> int:
+    def _adapter_identity(self, name: str | None) -> str:
+        adapter = self._adapters.get(name)
+        return "" if adapter is None else adapter.identity
+
+    def load_prefix(
+        self, path: Path, identity: str, salt: str = "", retention: int = 100, adapter: str | None = None
+    ) -> int:
         """Put what ``save_prefix`` wrote into the prefix cache; how many tokens of it are there now.
 
         Raises:
             PrefixFileError: the file is missing, damaged, of another model, or larger than the free part of the cache.
         """
-        tokens, data = read_prefix(path, identity)
+        computed_by = self._adapter_identity(adapter)
+        tokens, data = read_prefix(path, identity + computed_by)
         blocks, block_size = self._state.blocks, self._state.block_size
-        keys = keys_of(tokens, salt, block_size)
+        keys = keys_of(tokens, salt, block_size, computed_by)
         if blocks.cache is None:
             raise PrefixFileError(f"{path} is of no use without a prefix cache", "set enable_prefix_caching")
         known, _ = blocks.find(keys)

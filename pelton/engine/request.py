@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from ..backends.base import SampleSpec
 from ..config import SamplingParams
 from ..metrics import RequestMetrics
+from .adapters import Adapter
 from .prefix_cache import CachePolicy, Key, extend_keys, root_key
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Request:
     priority: int = 0  # lower ones go first
     deadline: float | None = None  # seconds; unfinished then, the request ends with "timeout"
     cache: CachePolicy = field(default_factory=CachePolicy)
+    adapter: Adapter | None = None
 
     @property
     def due(self) -> float:
@@ -69,6 +71,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "adapter_slot",
         "block_ids",
         "block_keys",
         "draft",
@@ -102,7 +105,9 @@ class Sequence:
         self.proposer: NgramProposer | None = None
         self.draft: tuple[int, ...] = ()  # what may follow, for the next step
         self.forks: list[Sequence] = []
-        self.root_key: Key = root_key(request.cache.salt)
+        adapter = request.adapter
+        self.adapter_slot = 0 if adapter is None else adapter.slot
+        self.root_key: Key = root_key(request.cache.salt, "" if adapter is None else adapter.identity)
         self.block_keys: list[Key] = []
         self.num_cached_tokens = 0  # of the prompt, at the first admission
         self.status = Status.WAITING

@@ -269,7 +269,13 @@ class _Step:
                 continue
             scheduled.append(
                 ScheduledSequence(
-                    sequence.request.request_id, (token_ids[-1],), computed, sequence.block_ids, sequence.sample_spec
+                    sequence.request.request_id,
+                    (token_ids[-1],),
+                    computed,
+                    sequence.block_ids,
+                    sequence.sample_spec,
+                    0,
+                    sequence.adapter_slot,
                 )
             )
             sequences.append(sequence)
@@ -304,6 +310,7 @@ class _Step:
                 sequence.block_ids[:num_blocks],
                 sequence.sample_spec,
                 len(draft),
+                sequence.adapter_slot,
             )
         )
         self.sequences.append(sequence)
@@ -334,6 +341,7 @@ class _Step:
                 start,
                 sequence.block_ids[: self.state.blocks_for(end)],
                 sequence.sample_spec if end == len(sequence.token_ids) else None,
+                adapter=sequence.adapter_slot,
             )
         )
         self.sequences.append(sequence)

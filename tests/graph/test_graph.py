@@ -128,7 +128,7 @@ def test_graph_folder_stays_small() -> None:
 
     folder = Path(pelton.graph.__file__).parent
     lines = [line for f in folder.glob("*.py") for line in f.read_text().splitlines() if line.strip()]
-    assert len(lines) <= 900
+    assert len(lines) <= 950
 
 
 def test_tensor_type_text() -> None:
