@@ -1,4 +1,5 @@
-"""The engine under everything at once: arrivals, cancellations, forks, priorities, deadlines, failures, no memory.
+"""The engine under everything at once: arrivals, cancellations, forks, adapters, priorities, deadlines, failures, no
+memory.
 
 A vocabulary of 2 and pools of a few blocks, so that every boundary is crossed and prompts have common beginnings. The
 executor verifies every position that is read; the answers are compared with those of each request alone.
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from pelton.config import SamplingParams
 from pelton.engine.engine import LLMEngine
 from pelton.engine.prefix_cache import CachePolicy
-from tests.helpers.fake_executor import FakeExecutor, greedy_continuation
+from pelton.errors import RequestError
+from tests.helpers.fake_executor import ROOT, FakeExecutor, adapted_root, greedy_continuation
 
 LONGEST = 16  # tokens of a request
 
@@ -42,12 +44,15 @@ class Trial:
             batching_delay=(None, 3.0)[draw(2)],
             enable_prefix_caching=draw(4) > 0,
             num_speculative_tokens=draw(4),
+            max_loras=2,
             eos_token_ids=frozenset(),
             vocab_size=2,
             clock=lambda: self.now,
         )
         self.executor.max_num_logits = self.engine._policy.max_num_logits
-        self.asked: dict[str, tuple[list[int], int]] = {}
+        self.asked: dict[str, tuple[list[int], int, object, str | None]] = {}
+        self.adapters: dict[str, object] = {}  # name -> weights
+        self.removals = 0
         self.got: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}
 
@@ -60,11 +65,30 @@ class Trial:
             if self.engine.abort(name) is not None:
                 assert name not in self.ended
                 self.ended[name] = "abort"
-        elif action == 5:
+        elif action == 5 and self.draw(2):
             self.executor.fail_with = BrokenError()
+        elif action == 5:
+            self.exchange("xy"[self.draw(2)])
         else:
             self.step()
         self.engine.check()
+
+    def exchange(self, name: str) -> None:
+        """Remove an adapter, or add one of two under that name."""
+        if name not in self.adapters:
+            weights = {"version": self.draw(2)}
+            self.engine.add_adapter(name, str(weights), weights)
+            self.adapters[name] = weights
+            return
+        used = any(self.asked[n][3] == name for n in self.asked.keys() - self.ended.keys())
+        try:
+            self.engine.remove_adapter(name)
+        except RequestError:
+            assert used
+        else:
+            assert not used
+            del self.adapters[name]
+            self.removals += 1
 
     def add(self) -> None:
         draw, name = self.draw, str(len(self.asked))
@@ -73,6 +97,10 @@ class Trial:
         if draw(3) == 0 and self.asked:
             parent = str(draw(len(self.asked)))
             prompt = self.asked[parent][0]
+        adapter = (None, None, "x", "y")[draw(4)]
+        adapter = adapter if adapter in self.adapters else None
+        if parent is not None and self.asked[parent][3] != adapter:
+            parent = None
         max_tokens = 1 + draw(LONGEST - len(prompt))
         self.engine.add_request(
             name,
@@ -88,8 +116,9 @@ class Trial:
                 store=draw(8) > 0,
             ),
             parent_id=parent,
+            adapter=adapter,
         )
-        self.asked[name] = (prompt, max_tokens)
+        self.asked[name] = (prompt, max_tokens, self.adapters.get(adapter), adapter)
         self.got[name] = []
 
     def step(self, flush: bool = False) -> None:
@@ -114,8 +143,9 @@ class Trial:
         self.engine.check()
         stats = self.engine.stats()
         assert stats.num_free_blocks == stats.num_blocks
-        for name, (prompt, max_tokens) in self.asked.items():
-            expected = greedy_continuation(prompt, 2, max_tokens)
+        for name, (prompt, max_tokens, weights, _) in self.asked.items():
+            root = ROOT if weights is None else adapted_root(weights)
+            expected = greedy_continuation(prompt, 2, max_tokens, root)
             if self.ended[name] == "length":
                 assert self.got[name] == expected
             else:
@@ -135,7 +165,7 @@ def test_any_course_of_events(data):
 
 @pytest.mark.parametrize("part", range(4))
 def test_two_hundred_thousand_operations(part):
-    operations, preemptions, hits, copies, guesses = 0, 0, 0, 0, 0
+    operations, preemptions, hits, copies, guesses, removals = 0, 0, 0, 0, 0, 0
     seed = part
     while operations < 50_000:
         trial = Trial(random.Random(seed).randrange)
@@ -148,8 +178,9 @@ def test_two_hundred_thousand_operations(part):
         preemptions += stats.preemptions
         hits += stats.cached_tokens
         guesses += min(stats.accepted_tokens, stats.draft_tokens - stats.accepted_tokens)
+        removals += trial.removals
         copies += sum(len(batch.copies) for batch in trial.executor.batches)
-    assert min(preemptions, hits, copies, guesses) > 100  # or this would be no test of them
+    assert min(preemptions, hits, copies, guesses, removals) > 100  # or this would be no test of them
 
 
 def test_low_priorities_are_not_starved():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from pelton.backends.base import Batch, ScheduledSequence
+from pelton.quantize import QUANTIZATIONS
 from tests.helpers.adapters import linear_layers, merged, random_weights, write_peft
 from tests.helpers.families import BLOCK, backends, load, spec, tolerance
 from tests.helpers.tiny_models import FAMILIES, oracle_logits, tiny_checkpoint
@@ -75,3 +77,19 @@ def test_without_an_adapter_the_bits_are_those_of_a_model_without_room_for_any(f
     assert np.array_equal(got[0], want[0]) and np.array_equal(got[2], want[2])
     assert not np.array_equal(got[1], want[1])
     plain.close(), roomy.close()
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bf16"}, *({"quantization": q} for q in QUANTIZATIONS)], ids=str)
+def test_beside_weights_of_every_type(options: dict[str, Any]) -> None:
+    folder, model = tiny_checkpoint("llama")
+    weights = random_weights(linear_layers(model), 4)
+    logits = []
+    for backend in ("reference", "generic"):  # in the generic tier all products are of floats
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # rows that are no whole groups
+            built = load(folder, backend, enable_lora=True, kv_cache_dtype="f32", **options)
+        built.executor.set_adapter(1, weights)
+        logits.append(run(built.executor, [{0: (0, 33), 1: (0, 33)}], {0: 1, 1: 0}))
+        built.close()
+    for want, got in zip(logits[0].values(), logits[1].values(), strict=True):
+        assert_close(got, want)
