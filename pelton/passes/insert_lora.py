@@ -23,7 +23,7 @@ def insert_lora(graph: Graph, max_loras: int, max_lora_rank: int) -> Graph:
     dtype = F32 if matrices <= {F32} else BF16
 
     def rule(node: Node, new: Callable[[Node], Node]) -> Node | None:
-        if node.op != "linear" or node is head:
+        if node.op != "linear" or node is head or any(user.op == "lora" for user in graph.users[node]):
             return None
         x, w, *bias = map(new, node.inputs)
         modules, widths, orders = zip(*_parts(w), strict=True)
