@@ -6,6 +6,7 @@
 - speculation: time per token where an answer repeats its prompt, and where it does not
 - chunked prefill: the worst gap between two tokens while prompts of 1,500 tokens arrive
 - sampling: microseconds per row
+- LoRA: a step with room for adapters, and with adapters in use, beside one without
 - the engine's own Python time per step
 
 Writes benchmarks/results/engine-NAME.json and the same as Markdown; with --parts, under a name that says which. Use an
@@ -221,6 +222,65 @@ def sampling(rounds: int) -> list[Row]:
     return rows
 
 
+def lora(rounds: int) -> list[Row]:
+    """Milliseconds of a step: without room for adapters, with room and nobody who uses one, with adapters of rank 16 of
+    all linear layers."""
+    import numpy as np
+
+    from pelton.backends.base import Batch, SampleSpec, ScheduledSequence
+
+    text = SampleSpec(SamplingParams(temperature=0), (), (), 0)
+    rng = np.random.default_rng(0)
+    rows = []
+    with LLM(max_model_len=1024) as off, LLM(max_model_len=1024, enable_lora=True) as on:
+        plain, roomy = off._parts.executor, on._parts.executor
+        modules = [
+            (module, table.type.in_features, width)
+            for table in roomy.program.adapters
+            for module, width in zip(table.modules, table.type.widths, strict=True)
+        ]
+        for slot in range(1, 5):
+            weights = {
+                module: (rng.standard_normal((16, cols)) / cols, rng.standard_normal((width, 16)) / 16)
+                for module, cols, width in modules
+            }
+            roomy.set_adapter(slot, {m: (a.astype(np.float32), b.astype(np.float32)) for m, (a, b) in weights.items()})
+
+        def step(count: int, tokens: int, computed: int, adapters: list[int]) -> Any:
+            per = -(-(tokens + computed) // 16)
+            ids = tuple(int(t) for t in rng.integers(100, 40_000, tokens))
+            return Batch(tuple(
+                ScheduledSequence(
+                    str(i), ids, computed, tuple(range(i * per, (i + 1) * per)), text,
+                    adapter=adapters[i % len(adapters)],
+                )
+                for i in range(count)
+            ))  # fmt: skip
+
+        for name, count, tokens, computed, repeats in (
+            ("decode, 1 sequence", 1, 1, 128, 60), ("decode, 16 sequences", 16, 1, 128, 30),
+            ("prefill, 4 prompts of 128 tokens", 4, 128, 0, 4), ("prefill, 1 prompt of 512 tokens", 1, 512, 0, 4),
+        ):  # fmt: skip
+            cases = {"without room": (plain, [0]), "no adapter": (roomy, [0]), "1 adapter": (roomy, [1])}
+            if count > 1:
+                cases["4 adapters"] = (roomy, [1, 2, 3, 4])
+            times: dict[str, list[float]] = {case: [] for case in cases}
+            for _ in range(rounds):
+                seconds: dict[str, list[float]] = {case: [] for case in cases}
+                for _ in range(repeats):
+                    for case, (executor, adapters) in cases.items():
+                        batch = step(count, tokens, computed, adapters)
+                        seconds[case].append(executor.collect(executor.submit(batch)).stats.seconds)
+                for case in cases:
+                    times[case].append(1e3 * statistics.median(seconds[case]))
+            rows += [
+                {"what": f"{name}, {case}", "ms": spread(times[case]),
+                 "to_without": ratios(times[case], times["without room"])}
+                for case in cases
+            ]  # fmt: skip
+    return rows
+
+
 def _seconds(sampler: Any, logits: Any, spec: Any) -> float:
     start = time.perf_counter()
     sampler(logits, [spec])
@@ -229,7 +289,7 @@ def _seconds(sampler: Any, logits: Any, spec: Any) -> float:
 
 PARTS: dict[str, Callable[[int], list[Row]]] = {
     "batching": batching, "prefix": prefix, "speculation": speculation, "chunks": chunks, "sampling": sampling,
-    "python_time": python_time,
+    "lora": lora, "python_time": python_time,
 }  # fmt: skip
 
 

@@ -109,12 +109,15 @@ class Built:
         config = self.plan.config
         if not config.enable_lora:
             raise RequestError("this model was loaded without room for adapters", "load it with enable_lora=True")
+        if not name:
+            raise RequestError("the adapter has no path", "give a folder that PEFT wrote, or a hub id")
         modules = {
             module: (table.type.in_features, width)
             for table in self.plan.program.adapters
             for module, width in zip(table.modules, table.type.widths, strict=True)
         }
-        return read_adapter(resolve_model(name or "."), modules, config.max_lora_rank)
+        folder = resolve_model(name, what="a folder that PEFT wrote, or a Hugging Face id like org/name")
+        return read_adapter(folder, modules, config.max_lora_rank)
 
     @cached_property
     def kv_identity(self) -> str:

@@ -131,7 +131,7 @@ def adapters(given: Sequence[str], max_lora_rank: int | None) -> Adapters:
     for text in given:
         name, is_named, folder = text.partition("=")
         if not is_named or Path(text).exists():
-            name, folder = Path(text).name, text
+            name, folder = Path(text).resolve().name, text
         if not name or not folder or name in folders:
             raise PeltonError(f"--lora is {text!r}", "give NAME=DIR, each name once")
         folders[name] = folder
