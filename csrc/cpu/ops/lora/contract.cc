@@ -122,7 +122,9 @@ static std::string plan(Call& call, Step& step) {
     const int64_t rows = std::max<int64_t>(1, found->num_rows / blocks);
     const auto grain = [&](int64_t cols) { return std::max<int64_t>(1, 16384 / (rows * ranks * cols)); };
     call.cuts[0] = {blocks * shape.splits, grain(shape.split)};
-    call.cuts[1] = {blocks * shape.panels, grain(kColumnPanel)};
+    // Runs of panels read y in long rows; eight pieces a thread leave little to wait for.
+    const int64_t panels = blocks * shape.panels, run = std::min(shape.panels, panels / (8 * step.threads));
+    call.cuts[1] = {panels, std::max(run, grain(kColumnPanel))};
     call.shared_bytes = mul_sizes(found->num_rows * shape.splits, shape.ranks * 4);
     return "";
 }

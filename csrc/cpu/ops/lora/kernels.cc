@@ -169,55 +169,71 @@ void sum_stage(const Call& call, int64_t begin, int64_t end) {
     }
 }
 
+// The sums of a part's ranks as lanes.
+template <class Lanes>
+PELTON_INLINE const char* sums_as_lanes(const float* sums, const LoraShape& shape, int64_t rank, float* total,
+                                        char* buffer) {
+    if (shape.splits > 1) {
+        int64_t r = 0;
+        for (; r + kW <= rank; r += kW) {
+            VF v = load(sums + r);
+            for (int64_t s = 1; s < shape.splits; ++s) v += load(sums + s * shape.ranks + r);
+            store(total + r, v);
+        }
+        for (; r < rank; ++r) {
+            float v = sums[r];
+            for (int64_t s = 1; s < shape.splits; ++s) v += sums[s * shape.ranks + r];
+            total[r] = v;
+        }
+        sums = total;
+    }
+    return as_lanes<Lanes>(sums, rank, buffer);
+}
+
+// Panels [begin, end) of a part whose first panel is `first_panel` and first column `column`, for rows of a block.
+template <class Lanes>
+PELTON_INLINE void add_part(const Call& call, const LoraShape& shape, const LoraBlock& block, int64_t part,
+                            int64_t begin, int64_t end, int64_t first_panel, int64_t column) {
+    const LoraWork& work = *static_cast<const LoraWork*>(call.plan);
+    const char* slot = slot_of(call, shape, block.slot);
+    const int32_t* header = reinterpret_cast<const int32_t*>(slot) + 2 * part;
+    const int64_t first = header[0], rank = header[1], width = call.ints[kWidths + part];
+    if (rank == 0) return;
+    for_row_tiles<kTileRows>(block.count, [&]<int kRows>(int64_t m) {
+        alignas(64) float total[kRows][kMostRank];
+        alignas(64) char buffer[kRows][kMostRank * 4];
+        const char* sums[kRows];
+        float *rows[kRows], *y[kRows];
+        for (int i = 0; i < kRows; ++i) {
+            const int64_t at = block.begin + m + i;
+            sums[i] = sums_as_lanes<Lanes>(sums_of(call, shape, at, 0) + first, shape, rank, total[i], buffer[i]);
+            rows[i] = reinterpret_cast<float*>(call.operands[kY].data) + work.rows[at] * call.ints[kLdY] + column;
+        }
+        for (int64_t p = begin; p < end; ++p) {  // along the rows, which is how memory is fastest
+            const int64_t offset = (p - first_panel) * kColumnPanel, left = width - offset;
+            for (int i = 0; i < kRows; ++i) y[i] = rows[i] + offset;
+            add_tile<Lanes, kRows>(sums, slot + shape.b_offset + p * shape.b_panel,
+                                   Lanes::kPairs ? (rank + 1) / 2 : rank, y, left < kColumnPanel ? left : kColumnPanel);
+        }
+    });
+}
+
 template <class Lanes>
 void add_stage(const Call& call, int64_t begin, int64_t end) {
     const LoraShape shape = lora_shape(call);
     const LoraWork& work = *static_cast<const LoraWork*>(call.plan);
-    for (int64_t item = begin; item < end; ++item) {
-        const LoraBlock& block = work.blocks[item / shape.panels];
-        const int64_t panel = item % shape.panels;
-        int64_t part = 0, first_panel = 0, column = 0;
-        for (;; ++part) {
-            const int64_t panels = (call.ints[kWidths + part] + kColumnPanel - 1) / kColumnPanel;
-            if (panel < first_panel + panels) break;
-            first_panel += panels;
+    while (begin < end) {
+        const int64_t index = begin / shape.panels, start = index * shape.panels;
+        const int64_t from = begin - start, to = (end - start < shape.panels ? end - start : shape.panels);
+        int64_t first_panel = 0, column = 0;
+        for (int64_t part = 0; first_panel < to; ++part) {
+            const int64_t next = first_panel + (call.ints[kWidths + part] + kColumnPanel - 1) / kColumnPanel;
+            const int64_t low = from > first_panel ? from : first_panel, high = to < next ? to : next;
+            if (low < high) add_part<Lanes>(call, shape, work.blocks[index], part, low, high, first_panel, column);
+            first_panel = next;
             column += call.ints[kWidths + part];
         }
-        const int64_t offset = (panel - first_panel) * kColumnPanel;
-        const int64_t left = call.ints[kWidths + part] - offset, cols = left < kColumnPanel ? left : kColumnPanel;
-        const char* slot = slot_of(call, shape, block.slot);
-        const int32_t* header = reinterpret_cast<const int32_t*>(slot) + 2 * part;
-        const int64_t first = header[0], rank = header[1];
-        if (rank == 0) continue;
-        const char* b = slot + shape.b_offset + panel * shape.b_panel;
-        for_row_tiles<kTileRows>(block.count, [&]<int kRows>(int64_t m) {
-            alignas(64) float total[kRows][kMostRank];
-            alignas(64) char buffer[kRows][kMostRank * 4];
-            const char* sums[kRows];
-            float* y[kRows];
-            for (int i = 0; i < kRows; ++i) {
-                const int64_t at = block.begin + m + i;
-                const float* sum = sums_of(call, shape, at, 0) + first;
-                y[i] = reinterpret_cast<float*>(call.operands[kY].data) + work.rows[at] * call.ints[kLdY] + column +
-                       offset;
-                if (shape.splits > 1) {
-                    int64_t r = 0;
-                    for (; r + kW <= rank; r += kW) {
-                        VF v = load(sum + r);
-                        for (int64_t s = 1; s < shape.splits; ++s) v += load(sum + s * shape.ranks + r);
-                        store(total[i] + r, v);
-                    }
-                    for (; r < rank; ++r) {
-                        float v = sum[r];
-                        for (int64_t s = 1; s < shape.splits; ++s) v += sum[s * shape.ranks + r];
-                        total[i][r] = v;
-                    }
-                    sum = total[i];
-                }
-                sums[i] = as_lanes<Lanes>(sum, rank, buffer[i]);
-            }
-            add_tile<Lanes, kRows>(sums, b, Lanes::kPairs ? (rank + 1) / 2 : rank, y, cols);
-        });
+        begin = start + to;
     }
 }
 
