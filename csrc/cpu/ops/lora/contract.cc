@@ -67,10 +67,10 @@ static void make_blocks(const Input& slots, int64_t rows, int64_t num_slots, Lor
     plan.work = {plan.rows.data(), plan.blocks.data()};
 }
 
-// The most ranks that an adapter in use has here, in all parts; -1 if a header is broken.
-static int64_t ranks_in_use(const Call& call, const LoraShape& shape, const LoraPlan& plan) {
+// The most ranks that an adapter in use has here: in all parts, and in one. False if a header is broken.
+static bool ranks_in_use(const Call& call, const LoraShape& shape, const LoraPlan& plan, int64_t* all, int64_t* one) {
     using namespace lora;
-    int64_t most = 0;
+    *all = *one = 0;
     int32_t checked = 0;
     for (const LoraBlock& block : plan.blocks) {
         if (block.slot == checked) continue;
@@ -80,11 +80,12 @@ static int64_t ranks_in_use(const Call& call, const LoraShape& shape, const Lora
         for (int64_t p = 0; p < call.ints[kParts]; ++p) {
             const int64_t first = header[2 * p], rank = header[2 * p + 1];
             if (rank < 0 || rank > call.ints[kMaxRank] || first < 0 || first % 2 || first + rank > shape.ranks)
-                return -1;
-            if (rank) most = std::max(most, first + rank);
+                return false;
+            if (rank) *all = std::max(*all, first + rank);
+            *one = std::max(*one, rank);
         }
     }
-    return most;
+    return true;
 }
 
 static std::string plan(Call& call, Step& step) {
@@ -113,18 +114,18 @@ static std::string plan(Call& call, Step& step) {
         found->slots = call.ints[kNumSlots];
         make_blocks(step.inputs[input], call.rows, call.ints[kNumSlots], *found);
     }
-    const int64_t ranks = ranks_in_use(call, shape, *found);
-    if (ranks < 0) return "an adapter's header holds impossible ranks";
+    int64_t ranks, part_ranks;
+    if (!ranks_in_use(call, shape, *found, &ranks, &part_ranks)) return "an adapter's header holds impossible ranks";
     const int64_t blocks = static_cast<int64_t>(found->blocks.size());
     if (ranks == 0 || blocks == 0) return "";
     call.plan = &found->work;
-    // 16384 products take about as long as the barrier that sharing them costs.
+    // A piece of two microseconds, twice what a barrier takes: reading a weight takes as long as eight products.
     const int64_t rows = std::max<int64_t>(1, found->num_rows / blocks);
-    const auto grain = [&](int64_t cols) { return std::max<int64_t>(1, 16384 / (rows * ranks * cols)); };
-    call.cuts[0] = {blocks * shape.splits, grain(shape.split)};
+    const auto grain = [&](int64_t weights) { return ceil_div(1 << 17, weights * (8 + rows)); };
+    call.cuts[0] = {blocks * shape.splits, grain(ranks * shape.split)};
     // Runs of panels read y in long rows; eight pieces a thread leave little to wait for.
     const int64_t panels = blocks * shape.panels, run = std::min(shape.panels, panels / (8 * step.threads));
-    call.cuts[1] = {panels, std::max(run, grain(kColumnPanel))};
+    call.cuts[1] = {panels, std::max(run, grain(part_ranks * kColumnPanel))};
     call.shared_bytes = mul_sizes(found->num_rows * shape.splits, shape.ranks * 4);
     return "";
 }
