@@ -1,11 +1,14 @@
 """What the engine's features bring, on the demo model (SmolLM2-135M-Instruct): ratios of interleaved runs.
 
-- batching: in-flight beside dynamic and static, ShareGPT's lengths, all requests at once
+- batching: in-flight beside dynamic and static, ShareGPT's lengths, all requests at once; in Q4_1 and in bf16
 - prefix caching: time to the first token behind a system prompt of 1,000 tokens, found in the cache, restored from a
   file, and computed
 - speculation: time per token where an answer repeats its prompt, and where it does not
+- a draft model: the same for the model in f32, with drafts of its own Q4_1 file
 - chunked prefill: the worst gap between two tokens while prompts of 1,500 tokens arrive
 - sampling: microseconds per row
+- LoRA: a step with room for adapters, and with adapters in use, beside one without
+- steps that are decided on while the one before them runs
 - the engine's own Python time per step
 
 Writes benchmarks/results/engine-NAME.json and the same as Markdown; with --parts, under a name that says which. Use an
@@ -23,7 +26,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -33,7 +37,9 @@ from pelton.metrics import percentile, pooled_itl
 from tests.engine.test_engine import measure_step_seconds
 
 from .peers.__main__ import commit
+from .peers.catalogue import MODELS
 from .peers.measure import ROOT, machine
+from .peers.weights import write_folder
 
 RESULTS = ROOT / "benchmarks" / "results"
 TEXT = (ROOT / "tests" / "data" / "alice.txt").read_text(encoding="utf-8")
@@ -49,22 +55,38 @@ def ratios(of: list[float], to: list[float]) -> Row:
     return spread([a / b for a, b in zip(of, to, strict=True)])
 
 
+@contextmanager
+def bf16_folder() -> Iterator[str]:
+    """The demo model with its values as bf16: decoding a few sequences is bound by memory, as large models are."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(MODELS["smollm2"], Path(folder))
+        yield folder
+
+
 def batching(rounds: int) -> list[Row]:
-    """ShareGPT's lengths, 16 sequences at once."""
+    """ShareGPT's lengths, 16 and 32 sequences at once, all requests there from the start."""
+    with bf16_folder() as folder:
+        return [
+            row for name, model in (("bf16", folder), ("Q4_1", "")) for seats in (32, 16)
+            for row in _batching(rounds, name, model, seats)
+        ]  # fmt: skip
+
+
+def _batching(rounds: int, name: str, model: str, seats: int) -> list[Row]:
     from pelton.bench.replay import replay
     from pelton.bench.workloads import WorkloadSpec, make
 
     kinds: tuple[Any, ...] = ("inflight", "dynamic", "static")
     runs: dict[str, list[Any]] = {kind: [] for kind in kinds}
-    with LLM(max_num_seqs=16, max_model_len=2048) as llm:
+    with LLM(model, max_num_seqs=seats, max_model_len=2048) as llm:
         parts = llm._parts
-        spec = WorkloadSpec("sharegpt", num_prompts=80)
+        spec = WorkloadSpec("sharegpt", num_prompts=5 * seats)
         requests = make(
             spec, vocab_size=parts.vocab_size, tokenizer=parts.tokenizer, max_model_len=llm.max_model_len
         ).requests  # fmt: skip
         for _ in range(rounds):
             for kind in kinds:
-                config = EngineConfig(max_num_seqs=16, batching=kind, max_model_len=2048)
+                config = EngineConfig(max_num_seqs=seats, batching=kind, max_model_len=2048)
                 runs[kind].append(replay(LLM.from_parts(parts, config).engine, requests, [0.0] * len(requests)))
     rows = []
     for kind in kinds:
@@ -73,7 +95,9 @@ def batching(rounds: int) -> list[Row]:
         ttft = [m.ttft for r in runs[kind] for m in r.requests]
         itl = [gap for r in runs[kind] for gap in pooled_itl(r.requests)]
         rows.append({
-            "what": f"{kind} batching", "output_tokens_per_s": spread(rate), "to_static": ratios(rate, static),
+            "what": f"{name}, {seats} sequences, {kind}", "output_tokens_per_s": spread(rate),
+            "to_static": ratios(rate, static),
+            "running_mean": statistics.fmean([s.num_running for r in runs[kind] for s in r.steps]),
             "ttft_p50_ms": 1e3 * percentile(ttft, 50), "ttft_p99_ms": 1e3 * percentile(ttft, 99),
             "itl_p50_ms": 1e3 * percentile(itl, 50), "itl_p99_ms": 1e3 * percentile(itl, 99),
         })  # fmt: skip
@@ -149,6 +173,63 @@ def speculation(rounds: int) -> list[Row]:
     return rows
 
 
+def draft_model(rounds: int) -> list[Row]:
+    """Seconds per token of the model in f32, with drafts of 3 tokens from its own Q4_1 file and without."""
+    prompts = ["Write a story about a lighthouse.", "Explain how a transistor works.", TEXT[2000:3500]]
+    rows = []
+    with bf16_folder() as folder:
+        options: Row = {"dtype": "f32", "max_model_len": 1024}
+        with (
+            LLM(folder, **options) as off,
+            LLM(folder, **options, speculative_model="", num_speculative_tokens=3) as on,
+        ):
+            for temperature, count in ((0.0, 1), (1.0, 1), (0.0, 3)):
+                params = SamplingParams(temperature=temperature, seed=1, max_tokens=128, ignore_eos=True)
+                tpot: dict[bool, list[float]] = {False: [], True: []}
+                before = on.get_stats()
+                for _ in range(rounds):
+                    for chosen in [prompts[i : i + count] for i in range(0, 3, count)]:
+                        tokens = []
+                        for speculates, llm in ((False, off), (True, on)):
+                            outputs = llm.generate(chosen, params)
+                            tpot[speculates].append(
+                                statistics.mean(o.metrics.tpot for o in outputs if o.metrics and o.metrics.tpot)
+                            )
+                            tokens.append([list(o.outputs[0].token_ids) for o in outputs])
+                        assert tokens[0] == tokens[1]
+                after = on.get_stats()
+                rows.append({
+                    "what": f"f32 with drafts of its Q4_1, temperature {temperature:g}, {count} at once",
+                    "tpot_ms_without": spread([1e3 * t for t in tpot[False]]),
+                    "tpot_ms_with": spread([1e3 * t for t in tpot[True]]),
+                    "speedup": ratios(tpot[False], tpot[True]),
+                    "accepted": (after.accepted_tokens - before.accepted_tokens)
+                    / max(after.draft_tokens - before.draft_tokens, 1),
+                })  # fmt: skip
+    return rows
+
+
+def steps_ahead(rounds: int) -> list[Row]:
+    """Milliseconds per token with and without deciding on the next step while one runs."""
+    rows = []
+    options: Row = {"max_model_len": 1024, "enable_prefix_caching": False}
+    with LLM(**options, async_scheduling=False) as off, LLM(**options, async_scheduling=True) as on:
+        for count, tokens in ((1, 200), (16, 80), (64, 40)):
+            prompts = [[5 + i % 1000] * 16 for i in range(count)]
+            params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+            times: dict[bool, list[float]] = {False: [], True: []}
+            for _ in range(3 * rounds):
+                for ahead, llm in ((False, off), (True, on)):
+                    start = time.perf_counter()
+                    llm.generate(prompts, params)
+                    times[ahead].append(1e3 * (time.perf_counter() - start) / tokens)
+            rows.append({
+                "what": f"{count} sequences", "ms_per_step_without": spread(times[False]),
+                "ms_per_step_ahead": spread(times[True]), "speedup": ratios(times[False], times[True]),
+            })  # fmt: skip
+    return rows
+
+
 def chunks(rounds: int) -> list[Row]:
     """Gaps between the tokens of four answers while a prompt of 1,500 tokens comes every half second."""
     rows = []
@@ -221,6 +302,65 @@ def sampling(rounds: int) -> list[Row]:
     return rows
 
 
+def lora(rounds: int) -> list[Row]:
+    """Milliseconds of a step: without room for adapters, with room and nobody who uses one, with adapters of rank 16 of
+    all linear layers."""
+    import numpy as np
+
+    from pelton.backends.base import Batch, SampleSpec, ScheduledSequence
+
+    text = SampleSpec(SamplingParams(temperature=0), (), (), 0)
+    rng = np.random.default_rng(0)
+    rows = []
+    with LLM(max_model_len=1024) as off, LLM(max_model_len=1024, enable_lora=True) as on:
+        plain, roomy = off._parts.executor, on._parts.executor
+        modules = [
+            (module, table.type.in_features, width)
+            for table in roomy.program.adapters
+            for module, width in zip(table.modules, table.type.widths, strict=True)
+        ]
+        for slot in range(1, 5):
+            weights = {
+                module: (rng.standard_normal((16, cols)) / cols, rng.standard_normal((width, 16)) / 16)
+                for module, cols, width in modules
+            }
+            roomy.set_adapter(slot, {m: (a.astype(np.float32), b.astype(np.float32)) for m, (a, b) in weights.items()})
+
+        def step(count: int, tokens: int, computed: int, adapters: list[int]) -> Any:
+            per = -(-(tokens + computed) // 16)
+            ids = tuple(int(t) for t in rng.integers(100, 40_000, tokens))
+            return Batch(tuple(
+                ScheduledSequence(
+                    str(i), ids, computed, tuple(range(i * per, (i + 1) * per)), text,
+                    adapter=adapters[i % len(adapters)],
+                )
+                for i in range(count)
+            ))  # fmt: skip
+
+        for name, count, tokens, computed, repeats in (
+            ("decode, 1 sequence", 1, 1, 128, 60), ("decode, 16 sequences", 16, 1, 128, 30),
+            ("prefill, 4 prompts of 128 tokens", 4, 128, 0, 4), ("prefill, 1 prompt of 512 tokens", 1, 512, 0, 4),
+        ):  # fmt: skip
+            cases = {"without room": (plain, [0]), "no adapter": (roomy, [0]), "1 adapter": (roomy, [1])}
+            if count > 1:
+                cases["4 adapters"] = (roomy, [1, 2, 3, 4])
+            times: dict[str, list[float]] = {case: [] for case in cases}
+            for _ in range(rounds):
+                seconds: dict[str, list[float]] = {case: [] for case in cases}
+                for _ in range(repeats):
+                    for case, (executor, adapters) in cases.items():
+                        batch = step(count, tokens, computed, adapters)
+                        seconds[case].append(executor.collect(executor.submit(batch)).stats.seconds)
+                for case in cases:
+                    times[case].append(1e3 * statistics.median(seconds[case]))
+            rows += [
+                {"what": f"{name}, {case}", "ms": spread(times[case]),
+                 "to_without": ratios(times[case], times["without room"])}
+                for case in cases
+            ]  # fmt: skip
+    return rows
+
+
 def _seconds(sampler: Any, logits: Any, spec: Any) -> float:
     start = time.perf_counter()
     sampler(logits, [spec])
@@ -228,8 +368,8 @@ def _seconds(sampler: Any, logits: Any, spec: Any) -> float:
 
 
 PARTS: dict[str, Callable[[int], list[Row]]] = {
-    "batching": batching, "prefix": prefix, "speculation": speculation, "chunks": chunks, "sampling": sampling,
-    "python_time": python_time,
+    "batching": batching, "prefix": prefix, "speculation": speculation, "draft_model": draft_model, "chunks": chunks,
+    "sampling": sampling, "lora": lora, "steps_ahead": steps_ahead, "python_time": python_time,
 }  # fmt: skip
 
 

@@ -242,7 +242,9 @@ def add_to(
     cache = CachePolicy(salt=given.cache_salt)
     asked = answers[0].asked
     if asked.use_beam_search:
-        engine.add_request(answers[0].output.request_id, given.token_ids, asked, cache=cache, **options)
+        engine.add_request(
+            answers[0].output.request_id, given.token_ids, asked, cache=cache, adapter=given.lora, **options
+        )
         return
     for i, answer in enumerate(answers):
         engine.add_request(
@@ -252,6 +254,7 @@ def add_to(
             cache=cache,
             parent_id=answers[0].sequence_id if i else None,
             grammar=None if grammar is None else grammar.copy(),
+            adapter=given.lora,
             **options,
         )
 

@@ -8,19 +8,21 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .answers import Answer, Grammars, add_to, answers_for, merged, require_streamable, settle
 from .config import EngineConfig, SamplingParams
 from .errors import PeltonError, RequestError
 from .outputs import CompletionOutput, RequestOutput
-from .prompts import Conversation, EncodedPrompt, Prompt, Tokenizer, conversation, encode
+from .prompts import Conversation, EncodedPrompt, Prompt, Tokenizer, conversation, encode, with_lora
 
 if TYPE_CHECKING:
     from .engine.engine import EngineOutput, LLMEngine
     from .engine.stats import EngineStats
     from .engine.structured import Grammar
     from .llm import Parts
+
+_T = TypeVar("_T")
 
 
 class AsyncLLM:
@@ -109,6 +111,7 @@ class AsyncLLM:
             sampling_params: None: the defaults.
             priority: lower ones go first; default 0.
             timeout: seconds after which the request ends with the finish_reason "timeout".
+            lora: the adapter that answers, unless the prompt names one itself.
 
         Raises:
             RequestError: the request is invalid. Nothing has run then.
@@ -127,16 +130,29 @@ class AsyncLLM:
         await self.generate(given, SamplingParams(max_tokens=1))
         identity = await asyncio.to_thread(lambda: self._parts.kv_identity)
         return await self._in_engine(
-            lambda engine: engine.save_prefix(Path(path), identity, given.token_ids, given.cache_salt)
+            lambda engine: engine.save_prefix(Path(path), identity, given.token_ids, given.cache_salt, given.lora)
         )
 
-    async def load_prefix(self, path: str | Path, *, cache_salt: str = "") -> int:
+    async def load_prefix(self, path: str | Path, *, cache_salt: str = "", lora: str | None = None) -> int:
         """As :meth:`pelton.LLM.load_prefix`."""
         identity = await asyncio.to_thread(lambda: self._parts.kv_identity)
-        return await self._in_engine(lambda engine: engine.load_prefix(Path(path), identity, cache_salt))
+        return await self._in_engine(lambda engine: engine.load_prefix(Path(path), identity, cache_salt, adapter=lora))
 
-    async def _in_engine(self, function: Callable[[LLMEngine], int]) -> int:
-        return int(await asyncio.wrap_future(self._engine.call(function)))
+    async def add_lora(self, name: str, path: str | Path) -> None:
+        """As :meth:`pelton.LLM.add_lora`: others are answered in the meantime."""
+        adapter = await asyncio.to_thread(self._parts.read_adapter, str(path))
+        await self._in_engine(lambda engine: engine.add_adapter(name, adapter.identity, adapter.weights))
+
+    async def remove_lora(self, name: str) -> None:
+        """As :meth:`pelton.LLM.remove_lora`: refused while requests use it."""
+        await self._in_engine(lambda engine: engine.remove_adapter(name))
+
+    def list_loras(self) -> list[str]:
+        """The names of all adapters, in the order in which they were added."""
+        return self._engine.adapter_names()
+
+    async def _in_engine(self, function: Callable[[LLMEngine], _T]) -> _T:
+        return await asyncio.wrap_future(self._engine.call(function))
 
     def conversation(self, messages: Conversation, tools: list[dict[str, Any]] | None = None) -> EncodedPrompt:
         """The tokens of a conversation, with the model's chat template, as a prompt.
@@ -171,6 +187,7 @@ class AsyncLLM:
         *,
         priority: int = 0,
         timeout: float | None = None,
+        lora: str | None = None,
     ) -> _Stream:
         if self._closed:
             raise RequestError("this AsyncLLM is closed", "create a new one")
@@ -180,6 +197,7 @@ class AsyncLLM:
         elif self._loop is not loop:
             raise RequestError("this AsyncLLM belongs to another event loop", "create one per loop")
         given = prompt if isinstance(prompt, EncodedPrompt) else encode(self._parts.tokenizer, prompt)
+        given = with_lora(given, lora)
         params, parts = sampling_params or SamplingParams(), self._parts
         answers = answers_for(str(next(self._ids)), given, params, parts.tokenizer, parts.vocab_size)
         stream = _Stream(self, answers)

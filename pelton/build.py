@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .backends.base import Executor, KVSpec
 from .checkpoint import Checkpoint, open_checkpoint, resolve_model
@@ -25,6 +25,9 @@ from .nn import trace
 from .passes import bind_types, run_passes
 from .program import Program, lower
 from .quantize import QUANTIZATIONS, fitting, weight_type
+
+if TYPE_CHECKING:
+    from .checkpoint.peft import LoraAdapter
 
 #: Where configs say how long a context the model was trained for.
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_length", "max_seq_len")
@@ -105,6 +108,27 @@ class Built:
 
         return measured_peaks(self.plan.isa, self.plan.threads, achieved=achieved)["read_bandwidth"]
 
+    def read_adapter(self, name: str) -> LoraAdapter:
+        """A PEFT adapter for this model, from a folder or a hub id.
+
+        Raises:
+            PeltonError: the model was loaded without adapters, or this one cannot be used.
+        """
+        from .checkpoint.peft import read_adapter
+
+        config = self.plan.config
+        if not config.enable_lora:
+            raise RequestError("this model was loaded without room for adapters", "load it with enable_lora=True")
+        if not name:
+            raise RequestError("the adapter has no path", "give a folder that PEFT wrote, or a hub id")
+        modules = {
+            module: (table.type.in_features, width)
+            for table in self.plan.program.adapters
+            for module, width in zip(table.modules, table.type.widths, strict=True)
+        }
+        folder = resolve_model(name, what="a folder that PEFT wrote, or a Hugging Face id like org/name")
+        return read_adapter(folder, modules, config.max_lora_rank)
+
     @cached_property
     def kv_identity(self) -> str:
         """Which model computes keys and values, and how: two that agree may use each other's."""
@@ -172,10 +196,10 @@ class _Lowered:
 
 
 def _lowered(config: EngineConfig, checkpoint: Checkpoint) -> _Lowered:
-    from .backends.cpu.executor import cache_bytes_per_block, constant_bytes
+    from .backends.cpu.executor import adapter_bytes, cache_bytes_per_block, constant_bytes
     from .engine.speculation import max_num_logits
 
-    graph = run_passes(bound_graph(config, checkpoint))
+    graph = run_passes(bound_graph(config, checkpoint), lora=config.lora)
     context = trained_context(checkpoint.config)
     if config.max_model_len is not None and config.max_model_len > context:
         raise RequestError(
@@ -203,7 +227,7 @@ def _lowered(config: EngineConfig, checkpoint: Checkpoint) -> _Lowered:
             ) from error
         sizes[constant.packing] = sizes.get(constant.packing, 0) + size
     mapped = sizes.pop("rows", 0)
-    without_kv = Ledger(sum(sizes.values()), mapped, 0, 0, 0, program.arena_bytes)
+    without_kv = Ledger(sum(sizes.values()), mapped, 0, 0, 0, program.arena_bytes, adapters=adapter_bytes(program))
     block_bytes = cache_bytes_per_block(program, config.block_size)
     return _Lowered(checkpoint, graph, program, context, without_kv, block_bytes, tuple(notes))
 
@@ -265,6 +289,7 @@ def _lowered_draft(config: EngineConfig, context: int) -> tuple[EngineConfig | N
         speculative_model=None,
         quantization=config.speculative_quantization,
         speculative_quantization=None,
+        enable_lora=False,
         num_speculative_tokens=0,
         max_num_batched_tokens=config.max_num_seqs + CATCH_UP,
         max_model_len=min(trained_context(checkpoint.config), config.max_model_len or context),
@@ -423,6 +448,12 @@ def _check(config: EngineConfig) -> None:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise PeltonError(f"{name} is {value!r}", "give a whole number from 1")
+    for name, most in (("max_loras", 1024), ("max_lora_rank", 512)):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise PeltonError(f"{name} is {value!r}", f"give a whole number from 1 to {most}")
+    if not isinstance(config.enable_lora, bool):
+        raise PeltonError(f"enable_lora is {config.enable_lora!r}", "give True or False")
     for name in ("threads", "max_model_len", "kv_cache_memory"):
         value = getattr(config, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

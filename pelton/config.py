@@ -224,6 +224,9 @@ class EngineConfig:
     speculative_model: str | None = None  # makes the drafts; None: they are guessed from the text so far
     speculative_quantization: Quantization | None = None  # of the speculative model; as ``quantization``
     async_scheduling: bool = True  # decide on a step of decodes while the one before it runs
+    enable_lora: bool = False  # adapters at run time; costs a little even while no request uses one
+    max_loras: int = 4  # adapters in memory at once; their room is taken at the start
+    max_lora_rank: int = 16  # of an adapter; the room of all grows with it
     enable_prefix_caching: bool = True  # find what earlier requests have computed
     block_size: int = 16  # tokens per KV block; 16 keys fill one 512-bit register
     kv_cache_memory: int | None = None  # bytes; None: room for max_num_seqs, within free memory
@@ -239,6 +242,11 @@ class EngineConfig:
             object.__setattr__(self, name, {"float32": "f32", "bfloat16": "bf16"}.get(value, value))
         if self.speculative_model is not None and self.num_speculative_tokens == 0:
             object.__setattr__(self, "num_speculative_tokens", 4)
+
+    @property
+    def lora(self) -> tuple[int, int] | None:
+        """(max_loras, max_lora_rank); None without adapters."""
+        return (self.max_loras, self.max_lora_rank) if self.enable_lora else None
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:

@@ -21,12 +21,13 @@ class Ledger:
     kv_tokens: int
     arena: int  # activations and logits of the largest step
     draft: int = 0  # the speculative model, but for its KV cache
+    adapters: int = 0  # max_loras at max_lora_rank
     runtime: int = RUNTIME_BYTES
 
     @property
     def total(self) -> int:
         """What must fit in memory; mapped tables count, because a long batch touches most of them."""
-        return self.weights + self.mapped + self.kv_cache + self.arena + self.draft + self.runtime
+        return self.weights + self.mapped + self.kv_cache + self.arena + self.draft + self.adapters + self.runtime
 
     def rows(self) -> list[tuple[str, int, str]]:
         """(purpose, bytes, remark) for a table."""
@@ -37,6 +38,7 @@ class Ledger:
             ("KV cache", self.kv_cache, f"{self.kv_tokens:,} tokens of {self.kv_bytes_per_token:,} bytes"),
             ("activations", self.arena, "arena of the largest step"),
             *draft,
+            *([("adapters", self.adapters, "max_loras of max_lora_rank")] if self.adapters else []),
             ("runtime", self.runtime, "Python and libraries"),
             ("total", self.total, ""),
         ]

@@ -19,7 +19,7 @@ from .config import EngineConfig, SamplingParams
 from .errors import RequestError
 from .metrics import throughput
 from .outputs import RequestOutput
-from .prompts import Conversation, EncodedPrompt, Prompt, Tokenizer, as_list, conversation, encode
+from .prompts import Conversation, EncodedPrompt, Prompt, Tokenizer, as_list, conversation, encode, with_lora
 
 if TYPE_CHECKING:
     from .engine.engine import LLMEngine
@@ -51,6 +51,8 @@ class Parts(Protocol):
 
     @property
     def kv_identity(self) -> str: ...
+
+    def read_adapter(self, name: str) -> Any: ...  # a LoraAdapter
 
     def peak_bandwidth(self, achieved: float = 0.0) -> float | None: ...
 
@@ -135,6 +137,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: Params = None,
         *,
+        lora: str | None = None,
         progress: bool = False,
         use_tqdm: bool = False,
         stream: Literal[False] = False,
@@ -146,6 +149,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: Params = None,
         *,
+        lora: str | None = None,
         progress: bool = False,
         use_tqdm: bool = False,
         stream: Literal[True],
@@ -156,6 +160,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: Params = None,
         *,
+        lora: str | None = None,
         progress: bool = False,
         use_tqdm: bool = False,
         stream: bool = False,
@@ -166,6 +171,7 @@ class LLM:
             prompts: a text, token ids, ``{"prompt": ...}``, ``{"prompt_token_ids": ...}``,
                 ``{"messages": ...}``, or a list of them.
             sampling_params: for all prompts, or one per prompt.
+            lora: the adapter that answers, for prompts that name none themselves as ``{"prompt": ..., "lora": ...}``.
             progress: show a progress bar on stderr; ``use_tqdm`` is the same under the name vLLM has.
             stream: return an iterator over what is new instead, as :meth:`stream`.
 
@@ -175,16 +181,18 @@ class LLM:
         Raises:
             RequestError: a prompt or a parameter is invalid. Nothing has run then.
         """
-        inputs = [encode(self._parts.tokenizer, prompt) for prompt in as_list(prompts)]
+        inputs = [with_lora(encode(self._parts.tokenizer, prompt), lora) for prompt in as_list(prompts)]
         return self._answer(inputs, sampling_params, stream=stream, progress=progress or use_tqdm)
 
-    def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, *, lora: str | None = None
+    ) -> Iterator[RequestOutput]:
         """Yield what is new, as it comes: ``outputs[0].text`` is the piece that follows the last one.
 
         Every RequestOutput holds one answer; ``outputs[0].index`` tells the answers of n > 1 apart, and
         ``request_id`` the prompts. Leaving the loop early aborts what is unfinished.
         """
-        return self.generate(prompts, sampling_params, stream=True)
+        return self.generate(prompts, sampling_params, lora=lora, stream=True)
 
     @overload
     def chat(
@@ -193,6 +201,7 @@ class LLM:
         sampling_params: Params = None,
         *,
         tools: list[dict[str, Any]] | None = None,
+        lora: str | None = None,
         progress: bool = False,
         use_tqdm: bool = False,
         stream: Literal[False] = False,
@@ -205,6 +214,7 @@ class LLM:
         sampling_params: Params = None,
         *,
         tools: list[dict[str, Any]] | None = None,
+        lora: str | None = None,
         progress: bool = False,
         use_tqdm: bool = False,
         stream: Literal[True],
@@ -216,6 +226,7 @@ class LLM:
         sampling_params: Params = None,
         *,
         tools: list[dict[str, Any]] | None = None,
+        lora: str | None = None,
         progress: bool = False,
         use_tqdm: bool = False,
         stream: bool = False,
@@ -227,7 +238,7 @@ class LLM:
         """
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if one else messages
-        inputs = [self.conversation(conversation, tools) for conversation in conversations]
+        inputs = [with_lora(self.conversation(conversation, tools), lora) for conversation in conversations]
         return self._answer(inputs, sampling_params, stream=stream, progress=progress or use_tqdm)
 
     def as_completed(
@@ -276,19 +287,51 @@ class LLM:
         """
         given = encode(self._parts.tokenizer, prompt)
         self._answer([given], SamplingParams(max_tokens=1), stream=False, progress=False)
-        return self._engine.save_prefix(Path(path), self._parts.kv_identity, given.token_ids, given.cache_salt)
+        identity = self._parts.kv_identity
+        return self._engine.save_prefix(Path(path), identity, given.token_ids, given.cache_salt, given.lora)
 
-    def load_prefix(self, path: str | Path, *, cache_salt: str = "") -> int:
+    def load_prefix(self, path: str | Path, *, cache_salt: str = "", lora: str | None = None) -> int:
         """Put what ``save_prefix`` wrote into the prefix cache; how many tokens that is.
 
-        Prompts that begin with these tokens, and have this salt, compute only the rest.
+        Prompts that begin with these tokens, and have this salt and adapter, compute only the rest.
 
         Raises:
             PeltonError: the file is missing, damaged or of another model, precision or instruction set.
         """
+        self._require_open()
+        return self._engine.load_prefix(Path(path), self._parts.kv_identity, cache_salt, adapter=lora)
+
+    def add_lora(self, name: str, path: str | Path) -> None:
+        """Load a low-rank adapter that prompts choose by ``name``, while others are being answered or not.
+
+        Needs ``enable_lora=True``. path: a folder that the PEFT library wrote (adapter_config.json and
+        adapter_model.safetensors), or a hub id.
+
+        Raises:
+            PeltonError: the name or all ``max_loras`` slots are in use, or the adapter cannot be used; the message
+                says why.
+        """
+        self._require_open()
+        adapter = self._parts.read_adapter(str(path))
+        self._engine.add_adapter(name, adapter.identity, adapter.weights)
+
+    def remove_lora(self, name: str) -> None:
+        """Free an adapter's slot.
+
+        Raises:
+            RequestError: there is no such adapter, or unfinished requests (streams that are not read to their end)
+                use it.
+        """
+        self._require_open()
+        self._engine.remove_adapter(name)
+
+    def list_loras(self) -> list[str]:
+        """The names of all adapters, in the order in which they were added."""
+        return self._engine.adapters.names()
+
+    def _require_open(self) -> None:
         if self._closed:
             raise RequestError("this LLM is closed", "create a new one")
-        return self._engine.load_prefix(Path(path), self._parts.kv_identity, cache_salt)
 
     def close(self) -> None:
         """Release the model's memory and threads. Idempotent."""
@@ -340,8 +383,7 @@ class LLM:
     def _run(self, *, stream: bool) -> Iterator[_Run]:
         """A call's requests. Whatever ends the call (Ctrl-C, an error, a stream that nobody reads on) aborts
         what it left unfinished, so the LLM stays usable."""
-        if self._closed:
-            raise RequestError("this LLM is closed", "create a new one")
+        self._require_open()
         run = _Run(stream)
         try:
             yield run
@@ -362,8 +404,7 @@ class LLM:
 
     def _step(self) -> None:
         """One step of the engine; what it brings goes to the calls that wait for it."""
-        if self._closed:
-            raise RequestError("this LLM is closed", "create a new one")
+        self._require_open()
         with _interrupts_deferred():
             for output in self._engine.step(flush=True):
                 run, index, answer = self._answers[output.request_id]
@@ -408,6 +449,7 @@ def engine_of(parts: Parts, config: EngineConfig) -> LLMEngine:
         draft_vocab_size=parts.draft_vocab_size,
         async_scheduling=config.async_scheduling,
         enable_prefix_caching=config.enable_prefix_caching,
+        max_loras=config.max_loras if config.enable_lora else 0,
         eos_token_ids=parts.eos_token_ids,
         vocab_size=parts.vocab_size,
         seed=config.seed,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from .errors import RequestError, TokenizerError
 
 #: A text, token ids, or a dict with "prompt" (text), "prompt_token_ids" or "messages" (a conversation), and perhaps
-#: "cache_salt": prompts of different salts share nothing in the prefix cache.
+#: "cache_salt": prompts of different salts share nothing in the prefix cache; and "lora": the adapter to use.
 Prompt: TypeAlias = "str | Sequence[int] | Mapping[str, Any]"
 #: [{"role": "user", "content": "..."}, ...]
 Conversation: TypeAlias = "Sequence[Mapping[str, Any]]"
@@ -17,16 +18,17 @@ Conversation: TypeAlias = "Sequence[Mapping[str, Any]]"
 class EncodedPrompt:
     """A prompt as token ids; ``is_chat`` if the answer starts a text instead of going on with one.
 
-    Prompts of different ``cache_salt`` share nothing in the prefix cache.
+    Prompts of different ``cache_salt`` share nothing in the prefix cache. ``lora`` names the adapter to use.
     """
 
-    __slots__ = ("cache_salt", "is_chat", "text", "token_ids")
+    __slots__ = ("cache_salt", "is_chat", "lora", "text", "token_ids")
 
     def __init__(self, text: str | None, token_ids: list[int], is_chat: bool) -> None:
         self.text = text
         self.token_ids = token_ids
         self.is_chat = is_chat
         self.cache_salt = ""
+        self.lora: str | None = None
 
 
 class Detokenizer(Protocol):
@@ -70,7 +72,7 @@ def encode(tokenizer: Tokenizer | None, prompt: Prompt) -> EncodedPrompt:
         RequestError: it is none of what :data:`Prompt` says.
         TokenizerError: no tokenizer or chat template for what is to be encoded.
     """
-    salt, is_chat = "", False
+    salt, is_chat, lora = "", False, None
     if isinstance(prompt, Mapping):
         keys = set(prompt) & {"prompt", "prompt_token_ids", "messages"}
         if len(keys) != 1:
@@ -81,6 +83,9 @@ def encode(tokenizer: Tokenizer | None, prompt: Prompt) -> EncodedPrompt:
         salt = prompt.get("cache_salt", "")
         if not isinstance(salt, str):
             raise RequestError(f"cache_salt is {salt!r}", "give a text")
+        lora = prompt.get("lora")
+        if not isinstance(lora, str | None):
+            raise RequestError(f"lora is {lora!r}", "give the name of an adapter")
         key = keys.pop()
         is_chat = key == "messages"
         prompt = prompt[key]
@@ -90,8 +95,19 @@ def encode(tokenizer: Tokenizer | None, prompt: Prompt) -> EncodedPrompt:
         encoded = EncodedPrompt(prompt, _needed(tokenizer).encode(prompt), False)
     else:
         encoded = EncodedPrompt(None, _token_ids(prompt), False)
-    encoded.cache_salt = salt
+    encoded.cache_salt, encoded.lora = salt, lora
     return encoded
+
+
+def with_lora(given: EncodedPrompt, lora: str | None) -> EncodedPrompt:
+    """The prompt, answered by an adapter unless it names one itself."""
+    if not isinstance(lora, str | None):
+        raise RequestError(f"lora is {lora!r}", "give the name of an adapter")
+    if lora is None or given.lora is not None:
+        return given
+    given = copy.copy(given)  # the caller's may be asked again, without
+    given.lora = lora
+    return given
 
 
 def _needed(tokenizer: Tokenizer | None) -> Tokenizer:

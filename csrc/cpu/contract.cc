@@ -6,6 +6,7 @@
 #include "cpu/ops/elementwise/contract.h"
 #include "cpu/ops/embedding/contract.h"
 #include "cpu/ops/linear/contract.h"
+#include "cpu/ops/lora/contract.h"
 #include "cpu/ops/norm/contract.h"
 #include "cpu/ops/rope/contract.h"
 
@@ -13,9 +14,9 @@ namespace pelton::cpu {
 
 const Contract* const* all_contracts() {
     static const Contract* const contracts[] = {
-        &kEmbedding, &kTakeRows,   &kRmsNorm,         &kLayerNorm,   &kAddRmsNorm, &kAddLayerNorm,
-        &kLinear,    &kActivation, &kGatedActivation, &kAdd,         &kMul,        &kScale,
-        &kSoftcap,   &kRope,       &kKvWrite,         &kRopeKvWrite, &kAttention,  nullptr};
+        &kEmbedding,  &kTakeRows,        &kRmsNorm,   &kLayerNorm, &kAddRmsNorm, &kAddLayerNorm, &kLinear,
+        &kActivation, &kGatedActivation, &kAdd,       &kMul,       &kScale,      &kSoftcap,      &kRope,
+        &kKvWrite,    &kRopeKvWrite,     &kAttention, &kLora,      nullptr};
     return contracts;
 }
 

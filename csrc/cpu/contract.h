@@ -9,6 +9,7 @@
 
 #include "cpu/kernel.h"
 #include "cpu/ops/attention/contract.h"
+#include "cpu/ops/lora/contract.h"
 
 namespace pelton::cpu {
 
@@ -28,12 +29,22 @@ struct AttentionPlan {
     int64_t slots = 0;  // of shared scratch
 };
 
+// Shared by all lora calls of a step that have the same rows: these sorted by adapter.
+struct LoraPlan {
+    int64_t input = 0, of_rows = 0, slots = 0;  // what the plan is for
+    std::vector<int32_t> starts, rows;
+    std::vector<LoraBlock> blocks;
+    LoraWork work = {nullptr, nullptr};
+    int64_t num_rows = 0;  // that use an adapter
+};
+
 struct Step {
     int64_t dims[3] = {0, 0, 0};  // T, S, N
     int threads = 1;
     std::vector<Input> inputs;
     std::vector<AttentionPlan> attention_plans;
-    size_t num_attention_plans = 0;  // in use this step; the vectors keep their memory
+    std::vector<LoraPlan> lora_plans;
+    size_t num_attention_plans = 0, num_lora_plans = 0;  // in use this step; the vectors keep their memory
 };
 
 struct Contract {

@@ -214,12 +214,13 @@ void Executor::plan(const int64_t dims[3], const std::vector<StepInput>& inputs,
             workers[i] = {i, scratch->data() ? scratch->data() + i * scratch_per_thread_ : nullptr, 0};
         }
         step_.attention_plans.resize(calls_.size());
+        step_.lora_plans.resize(calls_.size());
         // Nothing throws from here on: a step that could not have its memory leaves the next one to try again.
         scratch_ = std::move(scratch);
         workers_ = std::move(workers);
         work_ = std::move(work);
     }
-    step_.num_attention_plans = 0;
+    step_.num_attention_plans = step_.num_lora_plans = 0;
     num_work_ = 0;
     int64_t shared_bytes = 0;
     for (size_t index = first; index < last; ++index) {

@@ -8,7 +8,7 @@
 namespace pelton::cpu {
 
 constexpr int kMaxOperands = 8;  // rope_kv_write has the most
-constexpr int kMaxInts = 16;     // rope_kv_write has 13
+constexpr int kMaxInts = 16;     // lora has as many
 constexpr int kMaxFloats = 2;    // attention and the norms
 constexpr int kMaxStages = 2;    // linear: round the activations, then multiply
 

@@ -18,6 +18,7 @@
     namespace pelton::cpu::isa {             \
     extern const Kernel linear_kernels[];    \
     extern const Kernel attention_kernels[]; \
+    extern const Kernel lora_kernels[];      \
     extern const PeakKernels peak_kernels;   \
     }
 
@@ -45,7 +46,7 @@ struct Tier {
     const SampleKernels* sample = nullptr;  // those of the tier before
 };
 
-#define PELTON_SPECIAL(isa) isa::linear_kernels, isa::attention_kernels
+#define PELTON_SPECIAL(isa) isa::linear_kernels, isa::attention_kernels, isa::lora_kernels
 #define PELTON_ALL(isa) \
     isa::embedding_kernels, isa::norm_kernels, isa::elementwise_kernels, isa::rope_kernels, PELTON_SPECIAL(isa)
 

@@ -65,7 +65,8 @@ class ScheduledSequence(NamedTuple):
     ``sample`` is None for a prefill chunk that does not reach the end of the prompt. The last ``num_drafts`` tokens
     are guesses: tokens are sampled after the one before them, and after each of them.
     ``targets[i]`` is the token whose log-probability after ``token_ids[i]`` is wanted, besides those of the ``num_top``
-    likeliest: the next of the prompt. Where there are any, only the last of ``token_ids`` may be without.
+    likeliest: the next of the prompt. Where there are any, only the last of ``token_ids`` may be without. ``adapter``
+    is the slot of the adapter that the sequence uses, 0 for none.
     """
 
     request_id: str
@@ -76,6 +77,7 @@ class ScheduledSequence(NamedTuple):
     num_drafts: int = 0
     targets: tuple[int, ...] = ()
     num_top: int = 0
+    adapter: int = 0
 
     @property
     def num_logits(self) -> int:
@@ -261,6 +263,18 @@ class Executor(Protocol):
 
         Raises:
             ValueError: that is of another shape.
+        """
+        ...
+
+    def set_adapter(
+        self, slot: int, weights: Mapping[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]] | None
+    ) -> None:
+        """Make a slot, from 1 on, hold a low-rank adapter; None: nothing. Not during a step that uses the slot.
+
+        weights: per module, by its Hugging Face name, A [rank, in] and B [out, rank] with the adapter's scale in it.
+
+        Raises:
+            ValueError: there is no such slot or module, or the shapes are not the module's.
         """
         ...
 

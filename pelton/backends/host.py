@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from ..graph.cost import Cost
+from ..graph.ops import permutation
 from ..outputs import Logprob
+from ..program import AdapterTable
 from .base import (
     Batch,
     KVSpec,
@@ -23,6 +26,9 @@ from .base import (
     StepStats,
 )
 from .step_inputs import StepInputs, step_inputs
+
+#: (A [rank, in_features], B [width, rank]) in float32, or None: the part is left alone.
+AdapterPart: TypeAlias = "tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None"
 
 
 @dataclass(slots=True)
@@ -37,13 +43,16 @@ class _Step:
 
 
 class HostExecutor:
-    """An :class:`~pelton.backends.base.Executor` but for ``_run``, ``_block_bytes`` and ``close``.
+    """An :class:`~pelton.backends.base.Executor` but for ``_run``, ``_block_bytes``, ``_write_adapter`` and ``close``.
 
     A step begins when the one before it has been collected, as its logits lie where the next ones will; if none follows
-    it, inside ``collect``. flops and bytes: the cost of a step.
+    it, inside ``collect``. flops and bytes: the cost of a step. adapters: the tables that adapters are kept in.
     """
 
-    def __init__(self, kv_spec: KVSpec, sampler: Sampler, flops: Cost, bytes: Cost) -> None:
+    def __init__(
+        self, kv_spec: KVSpec, sampler: Sampler, flops: Cost, bytes: Cost, adapters: Sequence[AdapterTable] = ()
+    ) -> None:
+        self._adapters = adapters
         self._kv_spec = kv_spec
         self._sampler = sampler
         self._flops, self._bytes = flops, bytes
@@ -65,6 +74,30 @@ class HostExecutor:
     def _block_bytes(self) -> list[npt.NDArray[np.uint8]]:
         """Views of the caches that may be written to: uint8 [num_blocks, bytes of a block] per layer."""
         raise NotImplementedError
+
+    def _write_adapter(self, index: int, slot: int, parts: Sequence[AdapterPart]) -> None:
+        """Make a slot of the table ``index`` hold an adapter."""
+        raise NotImplementedError
+
+    def set_adapter(
+        self, slot: int, weights: Mapping[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]] | None
+    ) -> None:
+        given = dict(weights or {})
+        for index, table in enumerate(self._adapters):
+            parts: list[AdapterPart] = []
+            for module, width, order in zip(table.modules, table.type.widths, table.row_orders, strict=True):
+                pair = given.pop(module, None)
+                if pair is not None:
+                    a, b = pair
+                    rank = len(a)
+                    fits = a.shape == (rank, table.type.in_features) and b.shape == (width, rank)
+                    if not fits or not 1 <= rank <= table.type.max_rank or not 1 <= slot <= table.type.slots:
+                        raise ValueError(f"no place for an adapter of {module} with shapes {a.shape} and {b.shape}")
+                    pair = (a, b if order is None else b[permutation(*order)])
+                parts.append(pair)
+            self._write_adapter(index, slot, parts)
+        if given:
+            raise ValueError(f"no product is the module {next(iter(given))}")
 
     def read_blocks(self, block_ids: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
         ids = list(block_ids)
@@ -88,11 +121,14 @@ class HostExecutor:
         The next step may overwrite the array. With ``every``, a batch may have at most ``max_num_seqs``
         tokens, the rows of logits that an arena has room for.
         """
-        return self._run(step_inputs(batch, self._kv_spec.block_size, every=every))[0]
+        return self._run(self._inputs_of(batch, every=every))[0]
+
+    def _inputs_of(self, batch: Batch, *, every: bool = False) -> StepInputs:
+        return step_inputs(batch, self._kv_spec.block_size, every=every, adapters=bool(self._adapters))
 
     def submit(self, batch: Batch) -> int:
         self._next_ticket += 1
-        inputs = step_inputs(batch, self._kv_spec.block_size)
+        inputs = self._inputs_of(batch)
         flops, num_bytes = inputs.shape.evaluate(self._flops), inputs.shape.evaluate(self._bytes)
         step = _Step(self._next_ticket, batch, inputs, flops, num_bytes)
         if not self._steps:

@@ -30,12 +30,12 @@ class StepInputs:
         return len(self.arrays["token_ids"]), len(self.arrays["seq_lens"]), len(self.arrays["logits_indices"])
 
 
-def step_inputs(batch: Batch, block_size: int, *, every: bool = False) -> StepInputs:
+def step_inputs(batch: Batch, block_size: int, *, every: bool = False, adapters: bool = False) -> StepInputs:
     """Flatten a batch: the tokens of all sequences one after the other.
 
     Slots are block * block_size + offset. Rows of the block table are padded with block 0, which is
     never read there because a sequence's length bounds what is read. every: logits of every token, not
-    only of those that are sampled from.
+    only of those that are sampled from. adapters: also which adapter each row uses.
     """
     sequences = batch.sequences
     counts = [len(s.token_ids) for s in sequences]
@@ -67,4 +67,7 @@ def step_inputs(batch: Batch, block_size: int, *, every: bool = False) -> StepIn
         "query_start_loc": starts,
         "logits_indices": indices.astype(np.int32),
     }
+    if adapters:
+        of_tokens = np.array([s.adapter for s in sequences], np.int32)[owner]
+        arrays |= {"lora_slots": of_tokens, "logits_lora_slots": of_tokens[indices]}
     return StepInputs(arrays, StepShape(counts, seq_lens, len(indices)), tuple(pending))

@@ -18,12 +18,14 @@ _WANTED = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "vocab
 _UNWANTED = ["*/*", "consolidated*", "*.bin", "*.pt", "*.pth"]
 
 
-def resolve_model(name: str, *, progress: bool = True) -> Path:
+def resolve_model(
+    name: str, *, progress: bool = True, what: str = "a folder, a .gguf file, or a Hugging Face id like org/name"
+) -> Path:
     """The folder or file that MODEL stands for, downloaded if need be.
 
     name: an existing path; "" for the demo model; a hub id ``org/name``; or one file of a hub repository,
     ``org/name/file.gguf``. Downloads respect HF_HOME, HF_HUB_OFFLINE and HF_TOKEN. progress: show the
-    download's progress bars.
+    download's progress bars. what: that can be given, for the message.
 
     Raises:
         CheckpointError: nothing there, no access, or no network; the message names the remedy.
@@ -39,7 +41,7 @@ def resolve_model(name: str, *, progress: bool = True) -> Path:
         pass  # too long, of an unknown user, or with a NUL: no path, and the pattern below refuses it
     if _HUB_FILE.fullmatch(name) or (_HUB_ID.fullmatch(name) and not name.endswith((".gguf", ".safetensors"))):
         return _download(name, progress)
-    raise CheckpointError(f"{name} does not exist", "give a folder, a .gguf file, or a Hugging Face id like org/name")
+    raise CheckpointError(f"{name} does not exist", f"give {what}")
 
 
 def _demo_model() -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,61 @@ device = click.option(
     default="cpu",
     help="cpu, or the slow interpreter that everything is checked against.",
 )
+
+
+def lora(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--lora and --max-lora-rank, for :func:`adapters`."""
+    for option in (
+        click.option(
+            "--max-lora-rank", type=int, metavar="N", help="Room for adapters of this rank. Default: 64 with --lora."
+        ),
+        click.option(
+            "--lora",
+            multiple=True,
+            metavar="[NAME=]DIR",
+            help="Answer with this LoRA adapter: a folder that the PEFT library wrote, or a hub id. May be repeated: "
+            "the first one answers, and /lora NAME in the chat changes to another.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What --lora asks for: folders by name, and the fields of an EngineConfig."""
+
+    folders: dict[str, str]
+    engine: dict[str, Any]
+
+    @property
+    def first(self) -> str | None:
+        return next(iter(self.folders), None)
+
+
+def adapters(given: Sequence[str], max_lora_rank: int | None) -> Adapters:
+    """``NAME=DIR``, or DIR alone, which is called as its last part is.
+
+    Raises:
+        PeltonError: a name is empty or occurs twice, or there is a rank without an adapter.
+    """
+    folders: dict[str, str] = {}
+    for text in given:
+        name, is_named, folder = text.partition("=")
+        if not is_named or Path(text).exists():
+            name, folder = Path(text).resolve().name, text
+        if not name or not folder or name in folders:
+            raise PeltonError(f"--lora is {text!r}", "give NAME=DIR, each name once")
+        folders[name] = folder
+    if not folders:
+        if max_lora_rank is not None:
+            raise PeltonError("--max-lora-rank without --lora has no use", "add --lora DIR")
+        return Adapters({}, {})
+    # Rank 64 is the most that is common; its room is address space until an adapter takes it.
+    rank = 64 if max_lora_rank is None else max_lora_rank
+    return Adapters(folders, {"enable_lora": True, "max_loras": len(folders), "max_lora_rank": rank})
+
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 
 #: What the verbs that run a model have in common, in the order of the help.

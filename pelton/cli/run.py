@@ -29,6 +29,7 @@ HELP = """\
 /system TEXT       start a new conversation with this system prompt, or none
 /set               show the sampling parameters
 /set NAME VALUE    change one: /set temperature 0.7
+/lora NAME         start a new conversation with this adapter of --lora, or with none
 /stats             statistics after each answer on or off
 /exit              leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
@@ -62,6 +63,7 @@ SETTABLE = tuple(f.name for f in fields(SamplingParams) if f.name not in ("n", "
 @click.option("--max-tokens", type=int, default=1024, help="Longest answer, in tokens.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends the answer; may be repeated.")
 @click.option("--seed", type=int, help="Same seed, same answer.")
+@options.lora
 @options.loading
 @click.option("--stats/--no-stats", default=True, help="Print a line of statistics to stderr.")
 def run(
@@ -73,6 +75,8 @@ def run(
     json_schema: str | None,
     regex: str | None,
     choice: tuple[str, ...],
+    lora: tuple[str, ...],
+    max_lora_rank: int | None,
     stats: bool,
     engine: dict[str, Any],
     **sampling: Any,
@@ -88,7 +92,9 @@ def run(
       pelton run model.gguf -p "Why is the sky blue?" --temperature 0
       git diff | pelton run -p "Write a commit message:"
       pelton run -p "Is the sky green?" --choice yes --choice no
+      pelton run org/base-model --lora ./my-adapter
     """
+    adapters = options.adapters(lora, max_lora_rank)
     params = SamplingParams(stop=stop, structured_outputs=_structure(json_schema, regex, choice), **sampling)
     interactive = prompt is None and is_terminal(sys.stdin)
     if not interactive:
@@ -98,12 +104,14 @@ def run(
     from .progress import packing_progress
 
     with packing_progress() as progress:
-        llm = LLM(model, progress=progress, max_num_seqs=1, **engine)
+        llm = LLM(model, progress=progress, max_num_seqs=1, **adapters.engine, **engine)
     with llm:
+        for name, folder in adapters.folders.items():
+            llm.add_lora(name, folder)
         if chat and llm.tokenizer is not None and llm.tokenizer.chat_template is None:
             print("note: the model has no chat template, its raw text goes on (as with --no-chat)", file=sys.stderr)
             chat = False
-        session = Session(llm, params, system=system, chat=chat, stats=stats)
+        session = Session(llm, params, system=system, chat=chat, stats=stats, lora=adapters.first)
         if prompt is not None:
             session.answer(prompt)
         else:
@@ -151,12 +159,22 @@ def read_line() -> str:
 class Session:
     """A conversation. Answers go to stdout, everything else to stderr."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, *, system: str | None, chat: bool, stats: bool) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        params: SamplingParams,
+        *,
+        system: str | None,
+        chat: bool,
+        stats: bool,
+        lora: str | None = None,
+    ) -> None:
         self.llm = llm
         self.params = params
         self.system = system
         self.chat = chat
         self.stats = stats
+        self.lora = lora
         self.history: list[dict[str, str]] = []
 
     def loop(self, read: Callable[[], str]) -> None:
@@ -204,6 +222,12 @@ class Session:
             self.system = rest or None
             self.history.clear()
             _note("(new conversation with this system prompt)" if rest else "(new conversation, no system prompt)")
+        elif name == "/lora":
+            if rest and rest not in self.llm.list_loras():
+                raise RequestError(f"no adapter {rest!r}", f"there is: {', '.join(self.llm.list_loras()) or 'none'}")
+            self.lora = rest or None
+            self.history.clear()
+            _note(f"(new conversation with {f'adapter {rest}' if rest else 'the model alone'})")
         elif name == "/stats":
             self.stats = not self.stats
             _note(f"(statistics {'on' if self.stats else 'off'})")
@@ -265,8 +289,8 @@ class Session:
 
     def _outputs(self, text: str) -> Any:  # a generator of RequestOutput: closing() needs close()
         if not self.chat:
-            return self.llm.stream(text, self.params)
-        return self.llm.chat(self._fitting(), self.params, stream=True)
+            return self.llm.stream(text, self.params, lora=self.lora)
+        return self.llm.chat(self._fitting(), self.params, lora=self.lora, stream=True)
 
     def _fitting(self) -> list[dict[str, str]]:
         """The conversation, without its oldest turns if it has outgrown the context."""

@@ -11,12 +11,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
 from ..config import SamplingParams
-from ..errors import PeltonError
+from ..errors import PeltonError, RequestError
+from .beam_search import answer_ids
 from .engine import EngineOutput, LLMEngine
 from .stats import EngineStats
+
+_T = TypeVar("_T")
 
 #: Seconds between two looks at a static or dynamic batch that waits to be filled.
 _POLL = 0.002
@@ -68,11 +71,17 @@ class AsyncEngine:
         self._require_alive()
         prompt = tuple(prompt_token_ids)
         self._engine.validate(prompt, params)
+        self._engine.adapters.get(options.get("adapter"))
         options.setdefault("arrival_time", self._engine.now())
         self._command(lambda: self._add(request_id, prompt, params, options))
 
     def _add(self, request_id: str, prompt: tuple[int, ...], params: SamplingParams, options: dict[str, Any]) -> None:
-        self._unfinished.update(self._engine.add_request(request_id, prompt, params, **options))
+        try:
+            ids = self._engine.add_request(request_id, prompt, params, **options)
+        except RequestError as error:  # its adapter was removed in the meantime
+            self._on_failure(list(answer_ids(request_id, params)), error)
+            return
+        self._unfinished.update(ids)
 
     def finish(self, request_id: str, reason: Any = "abort") -> None:
         """End a request, if it is still there; no output of it is on its way afterwards but those that are already."""
@@ -85,14 +94,14 @@ class AsyncEngine:
 
         self._command(end)
 
-    def call(self, function: Callable[[LLMEngine], Any]) -> Future[Any]:
+    def call(self, function: Callable[[LLMEngine], _T]) -> Future[_T]:
         """Run a function on the engine between two steps.
 
         Raises:
             EngineDeadError: there is no engine any more.
         """
         self._require_alive()
-        future: Future[Any] = Future()
+        future: Future[_T] = Future()
 
         def run() -> None:
             try:
@@ -106,6 +115,10 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """Totals as of the last step."""
         return self._stats
+
+    def adapter_names(self) -> list[str]:
+        """Those that requests may name."""
+        return self._engine.adapters.names()
 
     @property
     def error(self) -> BaseException | None:

@@ -9,11 +9,13 @@ divided by its length to the power of ``length_penalty``, and the search is over
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
+from ..config import SamplingParams
 from ..outputs import Logprob
 from .request import FinishReason, Request, Sequence
+from .scheduler import SchedulerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,76 @@ class BeamSearch:
         self.ended.append(Hypothesis(score, token_ids, times, last.entries, reason))
         self.ended.sort(key=lambda hypothesis: -hypothesis.score)
         del self.ended[self.width :]
+
+
+class BeamSearches:
+    """All searches that are going on, and their beams among the sequences of the scheduler."""
+
+    def __init__(self, state: SchedulerState) -> None:
+        self._state = state
+        self._searches: dict[str, BeamSearch] = {}  # by the ids of their answers
+        self._num_forks = 0
+
+    def __contains__(self, answer_id: str) -> bool:
+        return answer_id in self._searches
+
+    def get(self, answer_id: str) -> BeamSearch | None:
+        return self._searches.get(answer_id)
+
+    def begin(self, search: BeamSearch) -> None:
+        search.root.search = search
+        self._searches.update(dict.fromkeys(search.answer_ids, search))
+
+    def take(self, search: BeamSearch, sequence: Sequence, following: Mapping[int, Logprob], now: float) -> bool:
+        """Take what may follow a beam, which goes on when all of its search have got as far. True at the end."""
+        sequence.num_pending = 0
+        sequence.held = True
+        if not search.report(sequence, following):
+            return False
+        going = search.advance(now)
+        if going:
+            self._fork(search, going, now)
+        return not going
+
+    def _fork(self, search: BeamSearch, going: Iterable[Continuation], now: float) -> None:
+        """Let beams go on: the likeliest continuation of each in its own blocks, others as forks."""
+        beams: dict[Sequence, Continuation] = {}
+        forks: list[Sequence] = []
+        for one in going:
+            sequence = one.sequence
+            if sequence in beams:
+                self._num_forks += 1
+                request = replace(sequence.request, request_id=f"{search.root.request_id}/{self._num_forks}")
+                _, index, _ = search.root.order
+                sequence = Sequence(request, index, one.sequence, fork=self._num_forks)
+                sequence.copy_output(one.sequence)
+                sequence.search = search
+                forks.append(sequence)
+            beams[sequence] = one
+        for sequence in search.sequences:
+            if sequence not in beams:
+                self._state.remove(sequence, "abort")
+        for fork in forks:
+            self._state.add(fork, at_once=True)
+        for sequence, one in beams.items():
+            sequence.append(one.token_id, now)
+            self._state.let_go(sequence)
+        search.adopt(beams)
+
+    def end(self, search: BeamSearch, reason: FinishReason, stop_reason: str | None = None) -> tuple[str, ...]:
+        """Forget a search and its beams; the ids of its answers."""
+        for sequence in search.sequences:
+            self._state.remove(sequence, reason, stop_reason)
+        for request_id in search.answer_ids:
+            del self._searches[request_id]
+        return search.answer_ids
+
+
+def answer_ids(request_id: str, params: SamplingParams) -> tuple[str, ...]:
+    """Under which ids a request is answered: its own, or with the number of each answer in a search for n."""
+    if not params.use_beam_search or params.n == 1:
+        return (request_id,)
+    return tuple(f"{request_id}.{i}" for i in range(params.n))
 
 
 def _with_first(entries: Mapping[int, Logprob], token_id: int) -> dict[int, Logprob]:

@@ -8,20 +8,22 @@ from __future__ import annotations
 import heapq
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..backends.base import PENDING, Executor, SampledToken, ScheduledSequence, StepStats
 from ..config import SamplingParams
 from ..errors import RequestError
 from ..metrics import RequestMetrics
 from ..outputs import Logprob
-from .beam_search import BeamSearch, Continuation
+from .adapters import Adapters
+from .beam_search import BeamSearch, BeamSearches, answer_ids
 from .draft_model import DraftModel
+from .limits import Limits
 from .prefix_cache import CachePolicy, keys_of
 from .prefix_file import PrefixFileError, read_prefix, write_prefix
 from .request import FinishReason, Request, Sequence, Status, derive_seed
@@ -80,6 +82,7 @@ class LLMEngine:
             logits are for, if they are fewer.
         async_scheduling: decide on a step of decodes while the one before it runs.
         enable_prefix_caching: find what earlier requests have computed.
+        max_loras: adapters that the executor has slots for.
         eos_token_ids: tokens that end a sequence unless the request ignores them.
         vocab_size: prompt tokens must be below it.
         seed: from it come the seeds of requests that have none.
@@ -103,6 +106,7 @@ class LLMEngine:
         draft_vocab_size: int | None = None,
         async_scheduling: bool = True,
         enable_prefix_caching: bool = True,
+        max_loras: int = 0,
         eos_token_ids: frozenset[int],
         vocab_size: int,
         seed: int = 0,
@@ -112,7 +116,8 @@ class LLMEngine:
             if value < 1:
                 raise RequestError(f"{name} is {value}", "choose at least 1")
         self._executor = executor
-        self._kv_spec = executor.kv_spec
+        kv_spec = executor.kv_spec
+        self._limits = Limits(kv_spec, max_num_seqs, vocab_size)
         self._policy = Policy(
             max_num_seqs, max_num_batched_tokens, capacity_policy, batching, batching_delay,
             max_num_logits=max_num_logits(max_num_seqs, num_speculative_tokens),
@@ -121,7 +126,8 @@ class LLMEngine:
         self._draft_model: DraftModel | None = None
         if draft_executor is not None and num_speculative_tokens:
             self._draft_model = DraftModel(draft_executor, min(vocab_size, draft_vocab_size or vocab_size))
-        self._state = SchedulerState(self._kv_spec.num_blocks, self._kv_spec.block_size, caching=enable_prefix_caching)
+        self._state = SchedulerState(kv_spec.num_blocks, kv_spec.block_size, caching=enable_prefix_caching)
+        self._adapters = Adapters(max_loras)
         self._deadlines: list[tuple[float, int, Sequence]] = []  # a heap
         self._num_grammars = 0  # that were ever asked for: without any, steps need not look for them
         self._ready: list[EngineOutput] = []  # that nobody knows yet: a step that fails has no outputs
@@ -133,19 +139,15 @@ class LLMEngine:
         self._vocab_size = vocab_size
         self._seed = seed
         self._clock = clock
-        self._num_added = 0  # requests
-        self._num_sequences = 0
-        self._searches: dict[str, BeamSearch] = {}  # by the ids of their answers
+        self._num_added = 0
+        self._searches = BeamSearches(self._state)
         self._stats = EngineStats()
         self._steps: deque[StepRecord] = deque(maxlen=_STEPS_KEPT)
 
     @property
     def max_model_len(self) -> int:
-        """Tokens, prompt + output, that one sequence may have: the least of context and KV pool.
-
-        The last token of a sequence is never computed, hence needs no place in the pool.
-        """
-        return min(self._kv_spec.max_model_len, self._kv_spec.num_blocks * self._kv_spec.block_size + 1)
+        """Tokens, prompt + output, that one sequence may have: the least of context and KV pool."""
+        return self._limits.max_model_len
 
     @property
     def has_unfinished(self) -> bool:
@@ -163,6 +165,7 @@ class LLMEngine:
         cache: CachePolicy | None = None,
         parent_id: str | None = None,
         grammar: Grammar | None = None,
+        adapter: str | None = None,
     ) -> tuple[str, ...]:
         """Queue a request; the ids that its outputs will have.
 
@@ -178,15 +181,17 @@ class LLMEngine:
             parent_id: an unfinished request with the same prompt, which is computed once for both.
             grammar: what the answer must follow; its own, not used by others. It ends with an end-of-sequence token,
                 whatever ``ignore_eos`` says.
+            adapter: the name of one that was added.
 
         Raises:
-            RequestError: the id is in use, the parent has another prompt, or ``validate`` refuses the request.
+            RequestError: the id is in use, the parent has another prompt or adapter, there is no such adapter, or
+                ``validate`` refuses the request.
         """
         prompt = tuple(prompt_token_ids)
         if self.is_unfinished(request_id):
             raise RequestError(f"request id {request_id!r} is in use", "choose another one")
         max_total_tokens = self.validate(prompt, params)
-        width, num_answers, num_top = params.best_of or params.n, params.n, params.logprobs
+        ids, width, num_top = answer_ids(request_id, params), params.best_of or params.n, params.logprobs
         if params.use_beam_search:
             top = min(2 * width, self._vocab_size)
             params = replace(params, n=1, best_of=None, temperature=0.0, logprobs=top)
@@ -208,100 +213,65 @@ class LLMEngine:
             priority=priority,
             deadline=deadline,
             cache=cache,
+            adapter=self._adapters.get(adapter),
         )
         parent = self._state.find(parent_id) if parent_id is not None else None  # if finished: alone, then
         if parent is not None and parent.request.prompt_token_ids != prompt:
             raise RequestError(f"request {request_id!r} has another prompt than its parent", "add it without")
+        if parent is not None and parent.request.adapter != request.adapter:
+            raise RequestError(f"request {request_id!r} has another adapter than its parent", "add it without")
         self._num_added += 1
-        self._num_sequences += 1
-        sequence = Sequence(request, self._num_sequences, parent, grammar)
-        ids: tuple[str, ...] = (request_id,)
+        sequence = Sequence(request, self._num_added, parent, grammar)
         if params.use_beam_search:
-            if num_answers > 1:
-                ids = tuple(f"{request_id}.{i}" for i in range(num_answers))
-            sequence.search = BeamSearch(sequence, width, ids, num_top)
-            self._searches.update(dict.fromkeys(ids, sequence.search))
+            self._searches.begin(BeamSearch(sequence, width, ids, num_top))
         self._num_grammars += grammar is not None
         self._state.add(sequence)
         if deadline is not None:
-            heapq.heappush(self._deadlines, (deadline, self._num_sequences, sequence))
+            heapq.heappush(self._deadlines, (deadline, self._num_added, sequence))
         return ids
 
     def validate(self, prompt: tuple[int, ...], params: SamplingParams) -> int:
-        """The tokens, prompt + output, that such a request may have. May be called from any thread.
+        """As :meth:`Limits.validate`. May be called from any thread."""
+        return self._limits.validate(prompt, params)
 
-        Of a beam search, each beam.
+    @property
+    def adapters(self) -> Adapters:
+        """Those that requests may name."""
+        return self._adapters
+
+    def add_adapter(self, name: str, identity: str, weights: Mapping[str, Any]) -> None:
+        """Let requests use an adapter. Between steps, beside requests that use others or none.
+
+        identity: of its weights. weights: as for :meth:`~pelton.backends.base.Executor.set_adapter`.
 
         Raises:
-            RequestError: the prompt is empty, is too long for the context or the KV pool, or it or a parameter names
-                tokens outside the vocabulary.
+            RequestError: the name is in use, or there is no slot.
         """
-        max_total_tokens = self._check_lengths(len(prompt), params)
-        if params.use_beam_search:
-            self._check_beams(len(prompt), max_total_tokens, params.best_of or params.n)
-        named: tuple[tuple[str, Collection[int]], ...] = (
-            ("the prompt holds", prompt),
-            ("stop_token_ids holds", params.stop_token_ids),
-            ("logit_bias names", params.logit_bias or ()),
-            ("allowed_token_ids names", params.allowed_token_ids or ()),
-            ("bad_words names", [t for word in params.bad_words if not isinstance(word, str) for t in word]),
-        )
-        for what, token_ids in named:
-            for token in (min(token_ids, default=0), max(token_ids, default=0)):
-                if not 0 <= token < self._vocab_size:
-                    raise RequestError(
-                        f"{what} token id {token}, the vocabulary has {self._vocab_size} tokens",
-                        f"give ids from 0 to {self._vocab_size - 1}; were they made by another tokenizer?",
-                    )
-        return max_total_tokens
+        adapter = self._adapters.place(name, identity)
+        self.drain()
+        self._executor.set_adapter(adapter.slot, weights)
+        self._adapters.add(adapter)
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter. Between steps.
+
+        Raises:
+            RequestError: there is none of this name, or unfinished requests use it.
+        """
+        adapter = self._adapters.get(name)
+        assert adapter is not None
+        unfinished = (*self._state.running.values(), *self._state.waiting.values())
+        users = sum(sequence.request.adapter == adapter for sequence in unfinished)
+        if users:
+            requests = "a request that is" if users == 1 else f"{users} requests that are"
+            raise RequestError(f"adapter {name!r} is used by {requests} unfinished", "wait for them, or abort them")
+        self.drain()
+        self._adapters.remove(adapter)
+        self._executor.set_adapter(adapter.slot, None)
 
     def now(self) -> float:
         """Seconds of the engine's clock."""
         return self._clock()
-
-    def _check_lengths(self, num_prompt_tokens: int, params: SamplingParams) -> int:
-        """The tokens that the sequence may have at most."""
-        if not num_prompt_tokens:
-            raise RequestError("the prompt is empty", "give at least one token")
-        context = self._kv_spec.max_model_len
-        if num_prompt_tokens >= context:
-            raise RequestError(
-                f"the prompt has {num_prompt_tokens} tokens, the context holds {context} and an answer needs one",
-                "shorten the prompt or raise max_model_len",
-            )
-        pool = self._kv_spec.num_blocks * self._kv_spec.block_size
-        if num_prompt_tokens > pool:
-            raise RequestError(
-                f"the prompt has {num_prompt_tokens} tokens, the KV cache holds {pool}",
-                "shorten the prompt or raise kv_cache_memory",
-            )
-        if params.max_tokens is None:
-            return self.max_model_len
-        total = min(num_prompt_tokens + params.max_tokens, context)
-        if total > pool + 1:
-            raise RequestError(
-                f"{num_prompt_tokens} prompt tokens and max_tokens {params.max_tokens} exceed the {pool} tokens"
-                " that the KV cache holds",
-                "lower max_tokens or raise kv_cache_memory",
-            )
-        return total
-
-    def _check_beams(self, num_prompt_tokens: int, max_total_tokens: int, width: int) -> None:
-        """Beams wait for each other: all of them must have room at once."""
-        if width > self._policy.max_num_seqs:
-            raise RequestError(
-                f"a search with {width} beams, at most {self._policy.max_num_seqs} sequences run at once",
-                "lower best_of or raise max_num_seqs",
-            )
-        size = self._kv_spec.block_size
-        shared = num_prompt_tokens // size
-        needed = shared + width * (-(-max_total_tokens // size) - shared)
-        if needed > self._kv_spec.num_blocks:
-            raise RequestError(
-                f"{width} beams of {max_total_tokens} tokens need {needed * size} tokens of KV cache, it holds"
-                f" {self._kv_spec.num_blocks * size}",
-                "lower max_tokens or best_of, or raise kv_cache_memory",
-            )
 
     def abort(self, request_id: str) -> RequestMetrics | None:
         """End a request with finish_reason "abort". None if it is unknown or finished, which is no error."""
@@ -319,7 +289,7 @@ class LLMEngine:
         """
         search = self._searches.get(request_id)
         if search is not None:  # of all its answers
-            self._end_search(search, reason)
+            self._searches.end(search, reason)
             return search.root.metrics()
         sequence = self._state.find(request_id)
         if sequence is None:
@@ -460,43 +430,12 @@ class LLMEngine:
         failure: str | None,
     ) -> None:
         """What a step brought to a beam. It goes on when all of its search have got as far."""
-        sequence.num_pending = 0
-        sequence.held = True
         if following is None:
-            for request_id in self._end_search(search, "error", failure):
+            for request_id in self._searches.end(search, "error", failure):
                 metrics = sequence.metrics()
                 self._ready.append(EngineOutput(request_id, sequence, (), (), "error", failure, metrics))
-        elif search.report(sequence, following):
-            going = search.advance(now)
-            if going:
-                self._fork_beams(search, going, now)
-            else:
-                self._hand_out(search)
-
-    def _fork_beams(self, search: BeamSearch, going: SequenceOf[Continuation], now: float) -> None:
-        """Let beams go on: the likeliest continuation of each in its own blocks, others as forks."""
-        state = self._state
-        beams: dict[Sequence, Continuation] = {}
-        forks: list[Sequence] = []
-        for one in going:
-            sequence = one.sequence
-            if sequence in beams:
-                self._num_sequences += 1
-                request = replace(sequence.request, request_id=f"{search.root.request_id}/{self._num_sequences}")
-                sequence = Sequence(request, self._num_sequences, one.sequence)
-                sequence.copy_output(one.sequence)
-                sequence.search = search
-                forks.append(sequence)
-            beams[sequence] = one
-        for sequence in search.sequences:
-            if sequence not in beams:
-                state.remove(sequence, "abort")
-        for fork in forks:
-            state.add(fork, at_once=True)
-        for sequence, one in beams.items():
-            sequence.append(one.token_id, now)
-            state.let_go(sequence)
-        search.adopt(beams)
+        elif self._searches.take(search, sequence, following, now):
+            self._hand_out(search)
 
     def _hand_out(self, search: BeamSearch) -> None:
         """The search is over: its best hypotheses are the answers."""
@@ -504,26 +443,12 @@ class LLMEngine:
         prompt_len = len(root.request.prompt_token_ids)
         self._stats.prompt_tokens += prompt_len
         self._stats.cached_tokens += root.num_cached_tokens
-        for request_id, best in zip(self._end_search(search, "stop"), search.ended, strict=False):
+        for request_id, best in zip(self._searches.end(search, "stop"), search.ended, strict=False):
             metrics = replace(root.metrics(), token_times=best.token_times)
-            reason = None
-            if best.finish_reason == "stop" and best.token_ids[-1] not in self._eos_token_ids:
-                reason = best.token_ids[-1]
-            tokens = best.token_ids
+            tokens, ended_by = best.token_ids, best.finish_reason
+            reason = self._stop_reason(root.request, tokens[-1]) if ended_by == "stop" else None
             self._stats.output_tokens += len(tokens)
-            self._ready.append(
-                EngineOutput(
-                    request_id, root, best.token_ids, search.logprobs(best), best.finish_reason, reason, metrics
-                )
-            )
-
-    def _end_search(self, search: BeamSearch, reason: FinishReason, stop_reason: str | None = None) -> tuple[str, ...]:
-        """Forget a search and its beams; the ids of its answers."""
-        for sequence in search.sequences:
-            self._state.remove(sequence, reason, stop_reason)
-        for request_id in search.answer_ids:
-            del self._searches[request_id]
-        return search.answer_ids
+            self._ready.append(EngineOutput(request_id, root, tokens, search.logprobs(best), ended_by, reason, metrics))
 
     def drain(self) -> None:
         """Wait for the step that runs: what follows may touch the executor. Its outputs come with the next ``step``."""
@@ -595,7 +520,7 @@ class LLMEngine:
         search = sequence.search
         if search is not None:
             if self._searches.get(search.answer_ids[0]) is search:
-                for request_id in self._end_search(search, "timeout"):
+                for request_id in self._searches.end(search, "timeout"):
                     ended = EngineOutput(request_id, sequence, (), (), "timeout", None, sequence.metrics())
                     self._ready.append(ended)
         elif sequence.status is not Status.FINISHED:
@@ -606,13 +531,16 @@ class LLMEngine:
         """Finish the sequence if its new token is the last one."""
         request = sequence.request
         if token_id in request.stop_token_ids and len(sequence.output_token_ids) >= request.params.min_tokens:
-            ended_by_eos = token_id in self._eos_token_ids and token_id not in request.params.stop_token_ids
-            self._state.remove(sequence, "stop", None if ended_by_eos else token_id)
+            self._state.remove(sequence, "stop", self._stop_reason(request, token_id))
         elif len(sequence.token_ids) >= request.max_total_tokens:
             self._state.remove(sequence, "length")
         else:
             return False
         return True
+
+    def _stop_reason(self, request: Request, token_id: int) -> int | None:
+        ended_by_eos = token_id in self._eos_token_ids and token_id not in request.params.stop_token_ids
+        return None if ended_by_eos else token_id
 
     def _account(self, planned: Schedule, step: StepStats, now: float, num_output_tokens: int, num_first: int) -> None:
         """``num_first``: how many of the tokens were the first of their request."""
@@ -646,10 +574,13 @@ class LLMEngine:
         if decodes and self._speculation is not None:
             self._speculation.took(planned.batch.num_tokens, step.seconds)
 
-    def save_prefix(self, path: Path, identity: str, token_ids: Iterable[int], salt: str = "") -> int:
+    def save_prefix(
+        self, path: Path, identity: str, token_ids: Iterable[int], salt: str = "", adapter: str | None = None
+    ) -> int:
         """Write to a file what the prefix cache has of ``token_ids``; how many tokens that is.
 
-        identity: of the model and of how it computes; ``load_prefix`` refuses other files.
+        identity: of the model and of how it computes; ``load_prefix`` refuses other files. adapter: the name of the one
+        that computed them.
 
         Raises:
             PrefixFileError: the cache has none of it, or the file cannot be written.
@@ -657,7 +588,8 @@ class LLMEngine:
         self.drain()
         tokens = list(token_ids)
         block_size = self._state.block_size
-        keys = keys_of(tokens, salt, block_size)
+        computed_by = self._adapter_identity(adapter)
+        keys = keys_of(tokens, salt, block_size, computed_by)
         found, _ = self._state.blocks.find(keys)
         if not found:
             raise PrefixFileError(
@@ -665,19 +597,26 @@ class LLMEngine:
                 f"run a request that begins with them, at least {block_size}",
             )
         count = len(found) * block_size
-        write_prefix(path, identity, tokens[:count], self._executor.read_blocks(found))
+        write_prefix(path, identity + computed_by, tokens[:count], self._executor.read_blocks(found))
         return count
 
-    def load_prefix(self, path: Path, identity: str, salt: str = "", retention: int = 100) -> int:
+    def _adapter_identity(self, name: str | None) -> str:
+        adapter = self._adapters.get(name)
+        return "" if adapter is None else adapter.identity
+
+    def load_prefix(
+        self, path: Path, identity: str, salt: str = "", retention: int = 100, adapter: str | None = None
+    ) -> int:
         """Put what ``save_prefix`` wrote into the prefix cache; how many tokens of it are there now.
 
         Raises:
             PrefixFileError: the file is missing, damaged, of another model, or larger than the free part of the cache.
         """
-        tokens, data = read_prefix(path, identity)
+        computed_by = self._adapter_identity(adapter)
+        tokens, data = read_prefix(path, identity + computed_by)
         self.drain()
         blocks, block_size = self._state.blocks, self._state.block_size
-        keys = keys_of(tokens, salt, block_size)
+        keys = keys_of(tokens, salt, block_size, computed_by)
         if blocks.cache is None:
             raise PrefixFileError(f"{path} is of no use without a prefix cache", "set enable_prefix_caching")
         known, _ = blocks.find(keys)

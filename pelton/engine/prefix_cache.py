@@ -39,8 +39,11 @@ class CachePolicy:
     store: bool = True
 
 
-def root_key(salt: str) -> Key:
-    """Where the chains of a tenant start."""
+def root_key(salt: str, adapter: str = "") -> Key:
+    """Where the chains of a tenant start; ``adapter``: the identity of the adapter that computes."""
+    if adapter:  # two texts, so the first one's length is hashed as well
+        text = f"{len(adapter)} {adapter}{salt}".encode()
+        return hashlib.blake2b(text, digest_size=16, person=b"pelton lora").digest()
     return hashlib.blake2b(salt.encode(), digest_size=16, person=b"pelton root").digest()
 
 
@@ -58,10 +61,10 @@ def extend_keys(keys: list[Key], root: Key, token_ids: Sequence[int], block_size
         keys.append(parent)
 
 
-def keys_of(token_ids: Sequence[int], salt: str, block_size: int) -> list[Key]:
+def keys_of(token_ids: Sequence[int], salt: str, block_size: int, adapter: str = "") -> list[Key]:
     """The keys of all full blocks of ``token_ids``."""
     keys: list[Key] = []
-    extend_keys(keys, root_key(salt), token_ids, block_size)
+    extend_keys(keys, root_key(salt, adapter), token_ids, block_size)
     return keys
 
 

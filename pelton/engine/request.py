@@ -10,6 +10,7 @@ from ..backends.base import SampleSpec
 from ..config import SamplingParams
 from ..metrics import RequestMetrics
 from ..outputs import Logprob
+from .adapters import Adapter
 from .prefix_cache import CachePolicy, Key, extend_keys, root_key
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ FinishReason: TypeAlias = Literal["stop", "length", "abort", "timeout", "error"]
 
 #: A request waits this long for others at most, in seconds: see ``Request.due``.
 PATIENCE = 60.0
+
+
+#: When it is due, its number by arrival, and its own among the forks of that request: no two are alike.
+Order: TypeAlias = tuple[float, int, int]
 
 
 class Status(enum.Enum):
@@ -46,6 +51,7 @@ class Request:
     priority: int = 0  # lower ones go first
     deadline: float | None = None  # seconds; unfinished then, the request ends with "timeout"
     cache: CachePolicy = field(default_factory=CachePolicy)
+    adapter: Adapter | None = None
 
     @property
     def due(self) -> float:
@@ -72,6 +78,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "adapter_slot",
         "block_ids",
         "block_keys",
         "draft",
@@ -101,10 +108,16 @@ class Sequence:
     )
 
     def __init__(
-        self, request: Request, index: int = 0, parent: Sequence | None = None, grammar: Grammar | None = None
+        self,
+        request: Request,
+        index: int = 0,
+        parent: Sequence | None = None,
+        grammar: Grammar | None = None,
+        *,
+        fork: int = 0,
     ) -> None:
         self.request = request
-        self.order = (request.due, index)
+        self.order: Order = (request.due, index, fork)
         self.parent = parent
         self.grammar = grammar
         self.proposer: NgramProposer | None = None
@@ -113,7 +126,9 @@ class Sequence:
         self.forks: list[Sequence] = []
         self.search: BeamSearch | None = None  # that it is a beam of
         self.held = False  # it waits for the other beams to get as far
-        self.root_key: Key = root_key(request.cache.salt)
+        adapter = request.adapter
+        self.adapter_slot = 0 if adapter is None else adapter.slot
+        self.root_key: Key = root_key(request.cache.salt, "" if adapter is None else adapter.identity)
         self.block_keys: list[Key] = []
         self.prompt_logprobs: list[dict[int, Logprob]] = []  # of the second token and up, if wanted
         self.num_cached_tokens = 0  # of the prompt, at the first admission

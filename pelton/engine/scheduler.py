@@ -32,7 +32,7 @@ from typing import Literal
 
 from ..backends.base import PENDING, Batch, ScheduledSequence
 from .kv_blocks import BlockPool
-from .request import FinishReason, Sequence, Status
+from .request import FinishReason, Order, Sequence, Status
 
 CapacityPolicy = Literal["max_utilization", "guaranteed_no_evict"]
 Batching = Literal["inflight", "dynamic", "static"]
@@ -78,8 +78,8 @@ class SchedulerState:
         self.waiting: dict[str, Sequence] = {}  # WAITING or PREEMPTED, forks included
         # Heaps by order; sequences that are not waiting any more are skipped. With batches that are not in flight,
         # who comes while one runs stays in the lobby until the next one is formed.
-        self._queue: list[tuple[tuple[float, int], Sequence]] = []
-        self._lobby: list[tuple[tuple[float, int], Sequence]] = []
+        self._queue: list[tuple[Order, Sequence]] = []
+        self._lobby: list[tuple[Order, Sequence]] = []
 
     def add(self, sequence: Sequence, *, at_once: bool = False) -> None:
         """Let a sequence wait: for its turn, or first for the prompt of its parent.
@@ -139,12 +139,12 @@ class SchedulerState:
         return min(waiting) + delay
 
     @staticmethod
-    def _first(heap: list[tuple[tuple[float, int], Sequence]]) -> Sequence | None:
+    def _first(heap: list[tuple[Order, Sequence]]) -> Sequence | None:
         while heap and heap[0][1].status is Status.FINISHED:
             heapq.heappop(heap)
         return heap[0][1] if heap else None
 
-    def _pop(self, heap: list[tuple[tuple[float, int], Sequence]]) -> tuple[tuple[float, int], Sequence] | None:
+    def _pop(self, heap: list[tuple[Order, Sequence]]) -> tuple[Order, Sequence] | None:
         return None if self._first(heap) is None else heapq.heappop(heap)
 
     def first_waiting(self) -> Sequence | None:
@@ -305,6 +305,7 @@ class _Step:
                     computed,
                     sequence.block_ids,
                     sequence.sample_spec,
+                    adapter=sequence.adapter_slot,
                 )
             )
             sequences.append(sequence)
@@ -340,6 +341,7 @@ class _Step:
                 sequence.block_ids[:num_blocks],
                 sequence.sample_spec,
                 len(draft),
+                adapter=sequence.adapter_slot,
             )
         )
         self.sequences.append(sequence)
@@ -386,6 +388,7 @@ class _Step:
                 sequence.sample_spec if end == len(sequence.token_ids) else None,
                 targets=targets,
                 num_top=sequence.request.params.prompt_logprobs or 0,
+                adapter=sequence.adapter_slot,
             )
         )
         self.sequences.append(sequence)

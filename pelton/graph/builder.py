@@ -88,6 +88,11 @@ def attention(q: Node, cache: Node, block_table: Node, seq_lens: Node, query_sta
     return make("attention", q, cache, block_table, seq_lens, query_start_loc, **attrs)
 
 
+def lora(y: Node, x: Node, table: Node, slots: Node) -> Node:
+    """y, in place, plus B (A x) of the adapter in ``table`` that ``slots`` [T] names for each row; 0: none."""
+    return make("lora", y, x, table, slots)
+
+
 def take_rows(x: Node, indices: Node) -> Node:
     return make("take_rows", x, indices)
 

@@ -10,7 +10,7 @@ from weakref import WeakSet, WeakValueDictionary
 
 from .cost import Cost, total
 from .ops import OPS
-from .types import CacheType, TensorType, ValueType
+from .types import TensorType, ValueType
 
 
 class Node:
@@ -135,7 +135,7 @@ class Graph:
         return total([getattr(OPS[n.op], column)(n.attrs, n.type, *(i.type for i in n.inputs)) for n in computed])
 
     def verify(self) -> Graph:
-        """Check every node against the op table, and that no cache is read before or beside its write.
+        """Check every node against the op table, and that nothing is read before or beside its overwriting.
 
         Raises:
             ValueError: names the node that breaks a rule.
@@ -144,8 +144,8 @@ class Graph:
             if node not in _sound and OPS[node.op].infer(node.attrs, *(i.type for i in node.inputs)) != node.type:
                 raise ValueError(f"{node!r} has a type that its shape rule does not give")
             users = self.users[node]
-            shared = isinstance(node.type, CacheType) and len(users) > 1
-            if shared and any(OPS[u.op].writes is not None for u in users):
+            overwritten = any((w := OPS[u.op].writes) is not None and u.inputs[w] is node for u in users)
+            if overwritten and (len(users) > 1 or node.op == "slice"):  # a slice is part of what others see
                 raise ValueError(f"{node!r} is overwritten while another node still uses it")
         for output in self.outputs:
             if not isinstance(output.type, TensorType):

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from .cost import Cost, element_bytes, elements, tensor_bytes, total
 from .quantized import HostTensor, QuantizedArray, concat_rows
 from .rope import RopeSpec
-from .types import F32, CacheType, GroupQuant, TensorType, TupleType, ValueType
+from .types import F32, AdapterType, CacheType, GroupQuant, TensorType, TupleType, ValueType
 
 F = npt.NDArray[np.float32]
 Attrs = Mapping[str, Any]
@@ -416,3 +416,28 @@ _op(
     flops=lambda a, out, cache, q, k, *rest: total([elements(q, 3.0), elements(k, 3.0)]),
 )  # fmt: skip
 _op("attention", (5, 5), _attention_type, _attention, flops=_attention_flops, bytes=_attention_bytes)
+
+# ------------------------------------------------------------------ adapters
+
+
+def _lora_type(attrs: Attrs, y: TensorType, x: TensorType, table: AdapterType, slots: TensorType) -> TensorType:
+    rows = {y.shape[0], x.shape[0], *slots.shape}
+    fits = y.shape[1] == sum(table.widths) and x.shape[1] == table.in_features
+    _need(len(rows) == 1 and fits, "lora of {}, {}, {} and {}", y, x, table, slots)
+    return y
+
+
+def _lora(attrs: Attrs, y: F, x: F, table: Any, slots: npt.NDArray[Any]) -> F:
+    """table[slot - 1]: (A [rank, in], B [width, rank]) per part of the columns, or None; slot 0: no adapter."""
+    y = y.copy()
+    for slot in np.unique(slots[slots > 0]):
+        rows, stop = slots == slot, 0
+        for width, pair in table[slot - 1]:
+            start, stop = stop, stop + width
+            if pair is not None:
+                y[rows, start:stop] += (x[rows] @ pair[0].T) @ pair[1].T
+    return y
+
+
+# What it costs depends on who uses which adapter, of which rank: nothing of that is counted.
+_op("lora", (4, 4), _lora_type, _lora, bytes=_free, writes=0)

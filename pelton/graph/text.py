@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from .node import Graph, Node, make
-from .types import DTYPES, SCALE_DTYPES, CacheType, Dim, ElementType, GroupQuant, TensorType, ValueType
+from .types import DTYPES, SCALE_DTYPES, AdapterType, CacheType, Dim, ElementType, GroupQuant, TensorType, ValueType
 
 _NODE = re.compile(r"%(?P<id>\w+) = (?P<op>\w+)\((?P<args>.*)\) : (?P<type>.+)")
 _QUANT = re.compile(r"(int|fp)(\d)g(\d+)([mz]?):(\w+)(?:/(\d+))?")
@@ -67,8 +67,12 @@ def _parse_node(op: str, args: str, type_text: str, nodes: dict[str, Node]) -> N
 
 
 def parse_type(text: str) -> ValueType:
-    """A tensor or cache type from its text, e.g. ``int4g32m:f16[49152, 576]``."""
+    """A tensor, cache or adapter type from its text, e.g. ``int4g32m:f16[49152, 576]``."""
     kind, _, dims = text.rstrip("]").partition("[")
+    if kind.startswith("lora<"):
+        slots, rank, cols, widths = dims.split(", ")
+        parts = tuple(map(int, widths.split("+")))
+        return AdapterType(int(slots), int(rank), int(cols), parts, DTYPES[kind[5:-1]])
     shape: tuple[Dim, ...] = tuple(int(d) if d.isdigit() else d for d in dims.split(", ") if d)
     if kind.startswith("cache<"):
         return CacheType(int(shape[0]), int(shape[1]), DTYPES[kind[6:-1]])

@@ -129,6 +129,25 @@ class CacheType:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterType:
+    """Low-rank adapters of one product, written between steps: ``slots`` of them, numbered from 1.
+
+    An adapter has a pair A [rank, in_features], B [width, rank] for each part of the product's columns, or none;
+    ranks are ``max_rank`` or less.
+    """
+
+    slots: int
+    max_rank: int
+    in_features: int
+    widths: tuple[int, ...]
+    dtype: DType
+
+    def __str__(self) -> str:
+        widths = "+".join(map(str, self.widths))
+        return f"lora<{self.dtype}>[{self.slots}, {self.max_rank}, {self.in_features}, {widths}]"
+
+
+@dataclass(frozen=True, slots=True)
 class TupleType:
     """The result of an operation with several outputs; ``item`` takes one of them out."""
 
@@ -138,4 +157,4 @@ class TupleType:
         return f"({', '.join(map(str, self.items))})"
 
 
-ValueType: TypeAlias = "TensorType | CacheType | TupleType"
+ValueType: TypeAlias = "TensorType | CacheType | AdapterType | TupleType"

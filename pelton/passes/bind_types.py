@@ -62,9 +62,7 @@ def bind_types(
         raise CheckpointError(
             f"the checkpoint is quantized already ({already})", f"leave out quantization={quantization!r}"
         )
-    head = graph.outputs[0]
-    while head.op not in ("linear", "input", "weight"):
-        head = head.inputs[0]
+    head = output_layer(graph)
 
     def rule(node: Node, new: Callable[[Node], Node]) -> Node | None:
         if node.op == "weight":
@@ -77,6 +75,14 @@ def bind_types(
         return None
 
     return rewrite(graph, rule)
+
+
+def output_layer(graph: Graph) -> Node:
+    """The product that makes logits; a leaf if there is none."""
+    head = graph.outputs[0]
+    while head.op not in ("linear", "input", "weight"):
+        head = head.inputs[0]
+    return head
 
 
 def _quantized(w: Node, type: GroupQuant) -> Node:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from ..graph import Graph
 from .fuse_add_norm import fuse_add_norm
 from .fuse_gated_linear import fuse_gated_linear
 from .fuse_rope_kv_write import fuse_rope_kv_write
+from .insert_lora import insert_lora
 from .last_token_logits import last_token_logits
 from .merge_linears import merge_linears
 from .simplify import simplify
@@ -31,15 +33,29 @@ PIPELINE: tuple[Pass, ...] = (
 )
 
 
-def run_passes(graph: Graph, *, after: str | None = None) -> Graph:
-    """Run the pipeline, all of it or up to and including the pass named ``after``.
+def pipeline(lora: tuple[int, int] | None = None) -> tuple[Pass, ...]:
+    """The passes in order; ``lora``: (max_loras, max_lora_rank), None without adapters.
+
+    What gate and up add must be known before the activation, so with adapters these are not fused.
+    """
+    if lora is None:
+        return PIPELINE
+    insert = partial(insert_lora, max_loras=lora[0], max_lora_rank=lora[1])
+    steps = [p for p in PIPELINE if p.name != "fuse_gated_linear"]
+    at = [p.name for p in steps].index("merge_linears") + 1
+    return (*steps[:at], Pass("insert_lora", insert, "one op behind all parts of a merged product"), *steps[at:])
+
+
+def run_passes(graph: Graph, *, after: str | None = None, lora: tuple[int, int] | None = None) -> Graph:
+    """Run the pipeline, all of it or up to and including the pass named ``after``; ``lora`` as for it.
 
     Raises:
         ValueError: no such pass.
     """
-    if after is not None and after not in [p.name for p in PIPELINE]:
-        raise ValueError(f"no pass named {after!r}; the passes are {', '.join(p.name for p in PIPELINE)}")
-    for step in PIPELINE:
+    steps = pipeline(lora)
+    if after is not None and after not in [p.name for p in steps]:
+        raise ValueError(f"no pass named {after!r}; the passes are {', '.join(p.name for p in steps)}")
+    for step in steps:
         graph = step.run(graph)
         if step.name == after:
             break

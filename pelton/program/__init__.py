@@ -2,10 +2,22 @@
 
 from .lower import lower
 from .memory import plan_memory
-from .program import Buffer, CacheRef, Call, Constant, ConstantRef, InputRef, Operand, Program, View
+from .program import (
+    AdapterRef,
+    AdapterTable,
+    Buffer,
+    CacheRef,
+    Call,
+    Constant,
+    ConstantRef,
+    InputRef,
+    Operand,
+    Program,
+    View,
+)
 from .text import constant_text, parse_program, print_program
 
 __all__ = [
-    "Buffer", "CacheRef", "Call", "Constant", "ConstantRef", "InputRef", "Operand", "Program", "View",
-    "constant_text", "lower", "parse_program", "plan_memory", "print_program",
+    "AdapterRef", "AdapterTable", "Buffer", "CacheRef", "Call", "Constant", "ConstantRef", "InputRef", "Operand",
+    "Program", "View", "constant_text", "lower", "parse_program", "plan_memory", "print_program",
 ]  # fmt: skip

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..graph import OPS, CacheType, Graph, Node, TensorType
+from ..graph import OPS, AdapterType, CacheType, Graph, Node, TensorType
 from ..graph.cost import total
 from ..graph.rope import RopeSpec
 from .memory import plan_memory
 from .names import module_of, weight_module
-from .program import Buffer, CacheRef, Call, Constant, ConstantRef, InputRef, Operand, Program, View
+from .program import (
+    AdapterRef,
+    AdapterTable,
+    Buffer,
+    CacheRef,
+    Call,
+    Constant,
+    ConstantRef,
+    InputRef,
+    Operand,
+    Program,
+    View,
+)
 
 #: How each constant operand is packed: op -> packing per operand index; all others are vectors.
 _PACKINGS = {"embedding": {1: "rows"}, "linear": {1: "panels"}, "gated_linear": {1: "panels"}}
@@ -40,6 +52,7 @@ def lower(graph: Graph, limits: Mapping[str, int], max_positions: int) -> Progra
         output,
         total([call.flops for call in lowering.calls]),
         total([call.bytes for call in lowering.calls]),
+        adapters=tuple(lowering.adapters),
     )
     return plan_memory(program)
 
@@ -51,6 +64,7 @@ class _Lowering:
         self.values: dict[Node, Operand | tuple[Operand, ...]] = {}
         self.inputs: list[str] = []
         self.caches: list[CacheType] = []
+        self.adapters: list[AdapterTable] = []
         self.constants: dict[Constant, int] = {}
         self.buffers: list[Buffer] = []
         self.calls: list[Call] = []
@@ -79,6 +93,9 @@ class _Lowering:
         if isinstance(node.type, CacheType):
             self.caches.append(node.type)
             return CacheRef(len(self.caches) - 1)
+        if isinstance(node.type, AdapterType):
+            self.adapters.append(AdapterTable(node.type, node.attrs["modules"], node.attrs["row_orders"]))
+            return AdapterRef(len(self.adapters) - 1)
         self.inputs.append(node.name)
         return InputRef(len(self.inputs) - 1)
 
@@ -93,8 +110,11 @@ class _Lowering:
         types = getattr(node.type, "items", (node.type,))
         cache = next((o for o in operands if isinstance(o, CacheRef)), None)
         results: list[Operand] = []
+        written = OPS[node.op].writes
         for type in types:
-            if isinstance(type, TensorType):
+            if written is not None and isinstance(operands[written], View):
+                results.append(operands[written])
+            elif isinstance(type, TensorType):
                 self.buffers.append(Buffer(str(type.shape[0]), int(type.shape[-1])))
                 results.append(View(len(self.buffers) - 1, 0, int(type.shape[-1])))
             else:
@@ -112,6 +132,8 @@ class _Lowering:
         """Its weight's module; without a weight, the op in the module of the operand that was computed last."""
         if node.op == "linear" and any(u.op == "embedding" for u in self.users[node.inputs[1]]):
             return "lm_head"  # tied: the weight has the table's name
+        if node.op == "lora":
+            return f"{self.names[node.inputs[0]][1]}.lora"
         if own := weight_module([name for x in node.inputs for name in _weights(x)]):
             return own
         _, before = max((self.names[x] for x in node.inputs if x in self.names), default=(0, ""))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from ..graph import CacheType, Node
+from ..graph import AdapterType, CacheType, Node
 from ..graph.cost import Cost
 
 
@@ -43,7 +43,22 @@ class InputRef:
     index: int
 
 
-Operand: TypeAlias = "View | ConstantRef | CacheRef | InputRef"
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    index: int
+
+
+Operand: TypeAlias = "View | ConstantRef | CacheRef | AdapterRef | InputRef"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTable:
+    """The adapters of one product. Per part of its columns: the Hugging Face name of the module that it is, and how
+    its rows are reordered, as ``permute_rows`` has it: (shape, order) or None."""
+
+    type: AdapterType
+    modules: tuple[str, ...]
+    row_orders: tuple[tuple[tuple[int, ...], tuple[int, ...]] | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +107,7 @@ class Program:
     flops: Cost = field(default_factory=dict, compare=False)
     bytes: Cost = field(default_factory=dict, compare=False)
     arena_bytes: int = 0
+    adapters: tuple[AdapterTable, ...] = ()
 
     def rows_of(self, call: Call) -> str:
         """The step dimension that the rows of a call's first output count."""

@@ -7,11 +7,24 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from ..graph import CacheType, Node, TensorType, make
+from ..graph import AdapterType, CacheType, Node, TensorType, make
 from ..graph.text import parse_type
-from .program import Buffer, CacheRef, Call, Constant, ConstantRef, InputRef, Operand, Program, View
+from .program import (
+    AdapterRef,
+    AdapterTable,
+    Buffer,
+    CacheRef,
+    Call,
+    Constant,
+    ConstantRef,
+    InputRef,
+    Operand,
+    Program,
+    View,
+)
 
 _CALL = re.compile(r"(?P<out>.*?) ?= (?P<kernel>\w+)\((?P<args>.*?)\) (?P<params>\{.*?\})(?: # (?P<name>\S+))?")
+_KINDS: dict[Any, str] = {ConstantRef: "const", CacheRef: "cache", AdapterRef: "adapter", InputRef: "input"}
 
 
 def print_program(program: Program) -> str:
@@ -20,6 +33,8 @@ def print_program(program: Program) -> str:
     lines += [f"limit {dim} = {rows}" for dim, rows in program.limits.items()]
     lines += [f"input {i} = {name}" for i, name in enumerate(program.inputs)]
     lines += [f"cache {i} = {cache}" for i, cache in enumerate(program.caches)]
+    for i, table in enumerate(program.adapters):
+        lines.append(f"adapter {i} = {table.type} {(table.modules, table.row_orders)!r}")
     for i, constant in enumerate(program.constants):
         lines.append(f"const {i} = {constant_text(constant)}")
     lines += [f"buffer {i} = f32[{b.rows}, {b.cols}] @ {b.offset}" for i, b in enumerate(program.buffers)]
@@ -40,8 +55,7 @@ def constant_text(constant: Constant) -> str:
 def _operand(operand: Operand | None) -> str:
     if isinstance(operand, View):
         return f"%{operand.buffer}[{operand.start}:{operand.start + operand.cols}]"
-    kinds = {ConstantRef: "const", CacheRef: "cache", InputRef: "input"}
-    return "none" if operand is None else f"{kinds[type(operand)]} {operand.index}"
+    return "none" if operand is None else f"{_KINDS[type(operand)]} {operand.index}"
 
 
 def _expression(node: Node) -> str:
@@ -58,7 +72,8 @@ def parse_program(text: str) -> Program:
     Raises:
         ValueError: a line is not understood.
     """
-    parts: dict[str, list[Any]] = {k: [] for k in ("limit", "input", "cache", "const", "buffer", "call", "return")}
+    kinds = ("limit", "input", "cache", "adapter", "const", "buffer", "call", "return")
+    parts: dict[str, list[Any]] = {k: [] for k in kinds}
     name, arena = "", 0
     for number, line in enumerate(text.splitlines(), 1):
         kind, _, rest = line.strip().partition(" ")
@@ -74,6 +89,7 @@ def parse_program(text: str) -> Program:
     return Program(
         name, dict(parts["limit"]), tuple(parts["input"]), tuple(parts["cache"]), tuple(parts["const"]),
         tuple(parts["buffer"]), tuple(parts["call"]), parts["return"][0], arena_bytes=arena,
+        adapters=tuple(parts["adapter"]),
     )  # fmt: skip
 
 
@@ -83,7 +99,7 @@ def _parse_operand(text: str) -> Operand | None:
     if match := re.fullmatch(r"%(\d+)\[(\d+):(\d+)\]", text):
         return View(int(match[1]), int(match[2]), int(match[3]) - int(match[2]))
     kind, index = text.split()
-    refs: dict[str, Callable[[int], Operand]] = {"const": ConstantRef, "cache": CacheRef, "input": InputRef}
+    refs: dict[str, Callable[[int], Operand]] = {kind: ref for ref, kind in _KINDS.items()}
     return refs[kind](int(index))
 
 
@@ -127,10 +143,18 @@ def _parse_cache(value: str, _: str) -> CacheType:
     return type
 
 
+def _parse_adapter(value: str, _: str) -> AdapterTable:
+    type_text, _, names = value.partition(" (")
+    type = parse_type(type_text)
+    assert isinstance(type, AdapterType)
+    return AdapterTable(type, *ast.literal_eval("(" + names))
+
+
 _PARSERS: dict[str, Callable[[str, str], Any]] = {
     "limit": lambda value, line: (line.partition(" = ")[0], int(value)),
     "input": lambda value, line: value,
     "cache": _parse_cache,
+    "adapter": _parse_adapter,
     "const": _parse_constant,
     "buffer": _parse_buffer,
     "call": _parse_call,

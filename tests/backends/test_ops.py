@@ -14,7 +14,7 @@ from pelton.backends.cpu import _native
 from pelton.backends.cpu.calls import SAME_KERNEL
 from pelton.backends.cpu.executor import CpuExecutor
 from pelton.backends.reference.executor import ReferenceExecutor
-from pelton.graph import BF16, F32, I8, OPS, CacheType, Graph, GroupQuant, Node, make
+from pelton.graph import BF16, F32, I8, I32, OPS, AdapterType, CacheType, Graph, GroupQuant, Node, make
 from pelton.graph import builder as g
 from pelton.graph.quantized import QuantizedArray
 from pelton.nn import Step
@@ -63,6 +63,12 @@ def gated(k: int, dtype: Any, bias: Any) -> Node:
     )
 
 
+def adapted(cols: int, widths: tuple[int, ...], dtype: Any) -> Node:
+    modules, orders = tuple(f"m.{w}" for w in widths), (((widths[0],), (0,)), *[None] * (len(widths) - 1))
+    table = make("input", type=AdapterType(2, 5, cols, widths, dtype), name="lora", modules=modules, row_orders=orders)
+    return g.lora(x(sum(widths), "y"), x(cols), table, g.input_("lora_slots", ("T",), I32))
+
+
 ROPE = {"rotary_dim": 6, "theta": 100.0}
 #: name -> (graph, whether products round to bf16 on tiers with bf16 dot products)
 CASES: dict[str, tuple[Callable[[], Node], bool]] = {
@@ -97,6 +103,8 @@ CASES: dict[str, tuple[Callable[[], Node], bool]] = {
     "attention with a window": (lambda: cached(48, 6, 2, F32, ROPE, window=5), False),
     "attention over bf16": (lambda: cached(80, 4, 2, BF16, ROPE), True),
     "attention over int8": (lambda: cached(80, 4, 2, I8, ROPE), True),
+    "lora": (lambda: adapted(37, (67, 5, 64), F32), False),
+    "lora bf16": (lambda: adapted(37, (67, 5, 64), BF16), True),
     "kv_write, attention over int8": (lambda: cached(40, 5, 5, I8, None, alibi=True), True),
 }  # fmt: skip
 
@@ -119,6 +127,16 @@ def weights(graph: Graph) -> dict[str, Any]:
     return made
 
 
+def pairs(table: Node, ranks: tuple[int, ...]) -> dict[str, Any]:
+    """A random adapter with these ranks in the parts of a table; 0: none."""
+    type, rng = table.type, np.random.default_rng(sum(ranks))
+    assert isinstance(type, AdapterType)
+    return {
+        module: tuple(rng.standard_normal(s).astype(np.float32) for s in ((rank, type.in_features), (width, rank)))
+        for module, width, rank in zip(table.attrs["modules"], type.widths, ranks, strict=True) if rank
+    }  # fmt: skip
+
+
 def steps() -> list[Batch]:
     """A chunk and a prefill; then decode tokens, a chunk and a newcomer: 37 slots over several blocks."""
     ids = [tuple(int(t) for t in np.random.default_rng(i).integers(0, VOCAB, 40)) for i in range(3)]
@@ -131,12 +149,12 @@ def steps() -> list[Batch]:
         ),
         Batch(
             (
-                ScheduledSequence("b", ids[1][3:20], 3, (7, 1), spec()),
-                ScheduledSequence("a", ids[0][23:24], 23, (5, 2), spec()),
+                ScheduledSequence("b", ids[1][3:20], 3, (7, 1), spec(), adapter=2),
+                ScheduledSequence("a", ids[0][23:24], 23, (5, 2), spec(), adapter=1),
                 ScheduledSequence("c", ids[2][:1], 0, (0,), spec()),
             )
         ),
-        Batch((ScheduledSequence("a", ids[0][24:37], 24, (5, 2, 3), spec()),)),
+        Batch((ScheduledSequence("a", ids[0][24:37], 24, (5, 2, 3), spec(), adapter=1),)),
     ]  # fmt: skip
 
 
@@ -160,6 +178,11 @@ def test_kernel_means_what_its_row_says(name: str, isa: str, activations: str) -
     program = lower(graph, {"T": 64, "S": 4, "N": 64}, 64)
     oracle = ReferenceExecutor(graph, values.__getitem__, kv, lambda *_: [])
     native = CpuExecutor(program, values.__getitem__, kv, lambda *_: [], isa=isa, threads=2, activations=activations)
+    for table in graph.leaves("input"):
+        if isinstance(table.type, AdapterType):
+            for executor in (oracle, native):
+                executor.set_adapter(1, pairs(table, (5, 3, 1)))
+                executor.set_adapter(2, pairs(table, (1, 0, 4)))
     every = graph.outputs[0].tensor.shape[0] == "T"
     for batch in steps():
         want = oracle.logits(batch, every=every)

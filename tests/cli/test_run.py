@@ -5,8 +5,9 @@ import pytest
 from pelton.backends.base import StepStats
 from pelton.cli import run as run_module
 from pelton.cli.run import Session, statistics_line
-from pelton.config import SamplingParams
+from pelton.config import EngineConfig, SamplingParams
 from pelton.engine.stats import EngineStats
+from pelton.errors import RequestError
 from pelton.llm import LLM
 from pelton.metrics import RequestMetrics
 from tests.helpers.fake_parts import EOS, FakeBuilt, FakeTokenizer, ids_of, prompt_text
@@ -239,3 +240,60 @@ def test_a_base_model_goes_on_with_the_raw_text(pelton, built, monkeypatch):
     result = pelton("run", "base", "-p", "hello", "--no-stats")
     assert (result.exit_code, result.stdout) == (0, "HELLO\n")
     assert "note: the model has no chat template" in result.stderr
+
+
+def test_lora_answers_with_the_adapter(pelton, built, tmp_path):
+    folder = tmp_path / "my-adapter"
+    folder.mkdir()
+    result = pelton("run", "-p", "hello", "--lora", folder, "--no-stats")
+    assert (result.exit_code, result.stdout) == (0, "HELLO\n")
+    (config,) = built.configs
+    assert (config.enable_lora, config.max_loras, config.max_lora_rank) == (True, 1, 64)
+    assert built.parts.read_adapters == [str(folder)]
+    assert {s.adapter for batch in built.parts.executor.batches for s in batch.sequences} == {1}
+
+
+def test_of_several_adapters_the_first_answers(pelton, built):
+    pelton("run", "-p", "hello", "--lora", "sql=org/one", "--lora", "poet=org/two", "--max-lora-rank", "8", "--no-chat")
+    (config,) = built.configs
+    assert (config.max_loras, config.max_lora_rank) == (2, 8)
+    assert built.parts.read_adapters == ["org/one", "org/two"]
+    assert {s.adapter for batch in built.parts.executor.batches for s in batch.sequences} == {1}
+
+
+def test_without_lora_there_is_no_room_for_adapters(pelton, built):
+    pelton("run", "-p", "hello")
+    assert not built.configs[0].enable_lora
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        (["--lora", "a=x", "--lora", "a=y"], "--lora is 'a=y'; give NAME=DIR, each name once"),
+        (["--lora", "=x"], "--lora is '=x'"),
+        (["--lora", "a="], "--lora is 'a='"),
+        (["--max-lora-rank", "8"], "--max-lora-rank without --lora has no use"),
+    ],
+)
+def test_adapters_that_are_asked_for_wrongly(pelton, built, options, cause):
+    result = pelton("run", "-p", "hello", *options)
+    assert result.exit_code == 2 and cause in result.stderr
+    assert not built.configs
+
+
+def test_slash_lora_changes_the_adapter_in_a_new_conversation(capsys):
+    built = FakeBuilt()
+    with LLM.from_parts(built, EngineConfig(enable_lora=True)) as llm:
+        llm.add_lora("sql", "one"), llm.add_lora("poet", "two")
+        session = Session(llm, SamplingParams(), system=None, chat=True, stats=False, lora="sql")
+        session.answer("a")
+        session.command("/lora poet")
+        session.answer("b")
+        assert prompt_text(built) == "<user>b<assistant>"
+        session.command("/lora")
+        session.answer("c")
+        used = [{s.adapter for s in batch.sequences}.pop() for batch in built.executor.batches]
+        assert list(dict.fromkeys(used)) == [1, 2, 0]
+        with pytest.raises(RequestError, match="no adapter 'nobody'; there is: sql, poet"):
+            session.command("/lora nobody")
+    assert "conversation with adapter poet" in capsys.readouterr().err

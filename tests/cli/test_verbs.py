@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from pelton.graph import parse_graph, print_graph
-from pelton.passes import PIPELINE
+from pelton.passes import PIPELINE, pipeline
 from pelton.program import parse_program, print_program
 from tests.helpers.tiny_models import tiny_checkpoint
 
@@ -133,7 +133,17 @@ def test_the_program_parses_back(pelton, tiny):
 
 def test_the_stages_are_those_of_the_help(pelton):
     described = re.findall(r"^    (\w+)  +\w", pelton("dump-graph", "--help").stdout, re.MULTILINE)
-    assert described[: len(STAGES) + 1] == [*STAGES, "program"]
+    described = described[: described.index("program") + 1]
+    adapted = [p.name for p in pipeline((1, 1))]
+    assert [s for s in described if s != "insert_lora"] == [*STAGES, "program"]
+    assert [s for s in described if s in adapted] == adapted
+
+
+def test_places_for_adapters_are_dumped(pelton, tiny):
+    text = pelton("dump-graph", tiny, "--enable-lora", "--after", "insert_lora").stdout
+    assert print_graph(parse_graph(text)) == text
+    assert text.count(" = lora(") == 4 * text.count(" = attention(")
+    assert pelton("dump-graph", tiny, "--after", "insert_lora").exit_code == 2
 
 
 def test_an_unknown_stage(pelton, tiny):

@@ -1,9 +1,11 @@
-"""The engine under everything at once: arrivals, cancellations, forks, priorities, deadlines, failures, no memory.
+"""The engine under everything at once: arrivals, cancellations, forks, adapters, priorities, deadlines, failures, no
+memory.
 
 A vocabulary of 2 and pools of a few blocks, so that every boundary is crossed and prompts have common beginnings. The
 executor verifies every position that is read; the answers are compared with those of each request alone.
 """
 
+import contextlib
 import random
 
 import pytest
@@ -16,7 +18,7 @@ from pelton.engine.engine import LLMEngine
 from pelton.engine.prefix_cache import CachePolicy
 from pelton.engine.sampling import HostSampler
 from pelton.errors import RequestError
-from tests.helpers.fake_executor import FakeExecutor, greedy_continuation
+from tests.helpers.fake_executor import ROOT, FakeExecutor, adapted_root, greedy_continuation
 
 LONGEST = 16  # tokens of a request
 
@@ -75,12 +77,15 @@ class Trial:
             num_speculative_tokens=num_speculative_tokens,
             draft_executor=self.draft_executor,
             async_scheduling=draw(4) > 0,
+            max_loras=2,
             eos_token_ids=frozenset(),
             vocab_size=2,
             clock=lambda: self.now,
         )
         self.executor.max_num_logits = self.engine._policy.max_num_logits
-        self.asked: dict[str, tuple[list[int], int]] = {}
+        self.asked: dict[str, tuple[list[int], int, object, str | None]] = {}
+        self.adapters: dict[str, object] = {}  # name -> weights
+        self.removals = 0
         self.got: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}
         self.wanted: set[str] = set()  # whose prompts are to be scored
@@ -95,20 +100,35 @@ class Trial:
             if self.engine.abort(name) is not None:
                 assert name not in self.ended
                 self.ended[name] = "abort"
-        elif action == 5:
+        elif action == 5 and self.draw(2):
             name = ("fail_with", "fail_collect_with")[self.draw(2)]
             setattr(self.draft_executor if self.draft_executor and self.draw(2) else self.executor, name, BrokenError())
+        elif action == 5:
+            with contextlib.suppress(BrokenError):
+                self.exchange("xy"[self.draw(2)])
         elif action == 6:
-            self.drain()
+            with contextlib.suppress(BrokenError):
+                self.engine.drain()
         else:
             self.step()
         self.engine.check()
 
-    def drain(self) -> None:
-        try:
-            self.engine.drain()
-        except BrokenError:
+    def exchange(self, name: str) -> None:
+        """Remove an adapter, or add one of two under that name."""
+        if name not in self.adapters:
+            weights = {"version": self.draw(2)}
+            self.engine.add_adapter(name, str(weights), weights)
+            self.adapters[name] = weights
             return
+        used = any(self.asked[n][3] == name and self.engine.is_unfinished(n) for n in self.asked)
+        try:
+            self.engine.remove_adapter(name)
+        except RequestError:
+            assert used
+        else:
+            assert not used
+            del self.adapters[name]
+            self.removals += 1
 
     def add(self) -> None:
         draw, name = self.draw, str(len(self.asked))
@@ -117,6 +137,10 @@ class Trial:
         if draw(3) == 0 and self.asked:
             parent = str(draw(len(self.asked)))
             prompt = self.asked[parent][0]
+        adapter = (None, None, "x", "y")[draw(4)]
+        adapter = adapter if adapter in self.adapters else None
+        if parent is not None and self.asked[parent][3] != adapter:
+            parent = None
         max_tokens = 1 + draw(LONGEST - len(prompt))
         if draw(8) == 0:
             self.wanted.add(name)
@@ -134,8 +158,9 @@ class Trial:
                 store=draw(8) > 0,
             ),
             parent_id=parent,
+            adapter=adapter,
         )
-        self.asked[name] = (prompt, max_tokens)
+        self.asked[name] = (prompt, max_tokens, self.adapters.get(adapter), adapter)
         self.got[name] = []
 
     def step(self, flush: bool = False) -> None:
@@ -161,8 +186,9 @@ class Trial:
         self.engine.check()
         stats = self.engine.stats()
         assert stats.num_free_blocks == stats.num_blocks
-        for name, (prompt, max_tokens) in self.asked.items():
-            expected = greedy_continuation(prompt, 2, max_tokens)
+        for name, (prompt, max_tokens, weights, _) in self.asked.items():
+            root = ROOT if weights is None else adapted_root(weights)
+            expected = greedy_continuation(prompt, 2, max_tokens, root)
             if self.got[name] and name in self.wanted:
                 assert [list(entry) for entry in self.scored[name]] == [[token] for token in prompt[1:]]
             if self.ended[name] == "length":
@@ -184,7 +210,7 @@ def test_any_course_of_events(data):
 
 @pytest.mark.parametrize("part", range(4))
 def test_two_hundred_thousand_operations(part):
-    operations, preemptions, hits, copies, guesses, ahead, drafted = 0, 0, 0, 0, 0, 0, 0
+    operations, preemptions, hits, copies, guesses, removals, ahead, drafted = 0, 0, 0, 0, 0, 0, 0, 0
     seed = part
     while operations < 50_000:
         trial = Trial(random.Random(seed).randrange)
@@ -197,11 +223,13 @@ def test_two_hundred_thousand_operations(part):
         preemptions += stats.preemptions
         hits += stats.cached_tokens
         guesses += min(stats.accepted_tokens, stats.draft_tokens - stats.accepted_tokens)
+        removals += trial.removals
         ahead += stats.steps_ahead
         if trial.draft_executor is not None:
             drafted += min(stats.accepted_tokens, stats.draft_tokens - stats.accepted_tokens)
         copies += sum(len(batch.copies) for batch in trial.executor.batches)
-    assert min(preemptions, hits, 2 * copies, guesses, ahead, 10 * drafted) > 100  # or this would be no test of them
+    # Or this would be no test of them.
+    assert min(preemptions, hits, 2 * copies, guesses, removals, ahead, 10 * drafted) > 100
 
 
 def test_low_priorities_are_not_starved():

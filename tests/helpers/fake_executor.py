@@ -9,6 +9,7 @@ changes the answer, and, with ``verify``, fails at once.
 from __future__ import annotations
 
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -46,9 +47,14 @@ def fake_logits(history_hash: int, vocab_size: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=history_hash)).standard_normal(vocab_size, dtype=np.float32) * 3
 
 
-def greedy_continuation(prompt: list[int], vocab_size: int, count: int) -> list[int]:
+def adapted_root(weights: object) -> int:
+    """Where the hashes of an adapter's sequences start."""
+    return extend(ROOT, zlib.crc32(repr(weights).encode()))
+
+
+def greedy_continuation(prompt: list[int], vocab_size: int, count: int, root: int = ROOT) -> list[int]:
     """What a request alone must answer: the oracle, which knows neither blocks nor batches."""
-    h = ROOT
+    h = root
     for token in prompt:
         h = extend(h, token)
     out: list[int] = []
@@ -99,6 +105,7 @@ class FakeExecutor:
         self.closed = False
         self.fail_with: BaseException | None = None  # raised once by the next submit
         self.fail_collect_with: BaseException | None = None  # raised once by the next collect
+        self.adapters: dict[int, object] = {}  # slot -> what set_adapter was given
         self._slots = [[None] * block_size for _ in range(num_blocks)]  # type: list[list[int | None]]
         self._told: dict[str, list[int | None]] = {}  # request id -> the tokens it consists of
         self._flying: deque[tuple[int, Batch]] = deque()
@@ -159,6 +166,16 @@ class FakeExecutor:
         for block, row in zip(block_ids, rows, strict=True):
             self._slots[block] = row
 
+    def set_adapter(self, slot, weights) -> None:
+        assert slot >= 1
+        self.adapters.pop(slot, None)
+        if weights is not None:
+            self.adapters[slot] = weights
+
+    def root(self, slot: int) -> int:
+        """The hash of nothing: what an adapter computes differs from the first token on."""
+        return adapted_root(self.adapters[slot]) if slot else ROOT
+
     def close(self) -> None:
         self.closed = True
 
@@ -210,7 +227,7 @@ class FakeExecutor:
             assert found is not None, f"{sequence.request_id} reads a slot that was never written"
             h = found
         else:
-            h = ROOT
+            h = self.root(sequence.adapter)
         hashes = []
         for position, token in enumerate(sequence.token_ids, start):
             h = extend(h, token)
@@ -232,7 +249,7 @@ class FakeExecutor:
         for position, token in now_told:
             assert self.revises or told[position] in (None, token), "a token differs from the first time"
             told[position] = token
-        h = ROOT
+        h = self.root(sequence.adapter)
         for position in range(start):
             token = told[position]
             if token is None:

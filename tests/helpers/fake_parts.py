@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from pelton.backends.base import SampleSpec
@@ -88,6 +89,7 @@ class FakeBuilt:
         self.bandwidth = peak_bandwidth
         self.prompts: list[list[int]] = []  # of every request, in the order of their first tokens
         self.specs: list[SampleSpec] = []
+        self.read_adapters: list[str] = []
         self.closed = False
 
         def next_id(spec: SampleSpec) -> int:
@@ -103,6 +105,10 @@ class FakeBuilt:
 
     def peak_bandwidth(self, achieved: float = 0.0) -> float | None:
         return self.bandwidth
+
+    def read_adapter(self, name: str) -> SimpleNamespace:
+        self.read_adapters.append(name)
+        return SimpleNamespace(identity=f"identity of {name}", weights={name: None})
 
     def close(self) -> None:
         self.closed = True

@@ -13,10 +13,10 @@ from pelton.errors import CheckpointError
 from pelton.graph import BF16, F16, F32, GroupQuant, TensorType, parse_graph, print_graph
 from pelton.models import create
 from pelton.nn import trace
-from pelton.passes import PIPELINE, bind_types, run_passes
+from pelton.passes import PIPELINE, bind_types, pipeline, run_passes
 from tests.helpers.tiny_models import FAMILIES
 
-PASSES = {p.name: p.run for p in PIPELINE}
+PASSES = {p.name: p.run for p in (*PIPELINE, *pipeline((2, 5)))}
 STEP = """
   %p = input(name='positions') : i32[T]
   %s = input(name='slot_mapping') : i32[T]
@@ -140,6 +140,46 @@ CASES = {
         %w = item(%f; index=1) : cache<bf16>[1, 4]
         %o = attention(%xr, %w, %t, %l, %q; alibi=False, num_heads=2, scale=0.5, softcap=0.0, window=0) : f32[T, 8]
         return %o
+        """,
+    ),
+    "insert_lora": (
+        """
+        %x = input(name='x') : f32[T, 4]
+        %q = weight(name='q.weight') : f32[6, 4]
+        %k = weight(name='k.weight') : f32[2, 4]
+        %kp = permute_rows(%k; order=(1, 0), shape=(1, 2)) : f32[2, 4]
+        %w = concat(%q, %kp) : f32[8, 4]
+        %a = linear(%x, %w) : f32[T, 8]
+        %b = slice(%a; start=0, stop=6) : f32[T, 6]
+        %bs = take_rows(%b, %n) : f32[N, 6]
+        %d = weight(name='d.weight') : f32[6, 6]
+        %dt = transpose(%d) : f32[6, 6]
+        %e = linear(%bs, %dt) : f32[N, 6]
+        %h = weight(name='lm_head.weight') : f32[9, 6]
+        %y = linear(%e, %h) : f32[N, 9]
+        return %y
+        """,
+        """
+        %x = input(name='x') : f32[T, 4]
+        %q = weight(name='q.weight') : f32[6, 4]
+        %k = weight(name='k.weight') : f32[2, 4]
+        %kp = permute_rows(%k; order=(1, 0), shape=(1, 2)) : f32[2, 4]
+        %w = concat(%q, %kp) : f32[8, 4]
+        %a = linear(%x, %w) : f32[T, 8]
+        %la = input(modules=('q', 'k'), name='lora.q', row_orders=(None, ((1, 2), (1, 0)))) : lora<f32>[2, 5, 4, 6+2]
+        %sa = input(name='lora_slots') : i32[T]
+        %al = lora(%a, %x, %la, %sa) : f32[T, 8]
+        %b = slice(%al; start=0, stop=6) : f32[T, 6]
+        %bs = take_rows(%b, %n) : f32[N, 6]
+        %d = weight(name='d.weight') : f32[6, 6]
+        %dt = transpose(%d) : f32[6, 6]
+        %e = linear(%bs, %dt) : f32[N, 6]
+        %le = input(modules=('d',), name='lora.d', row_orders=(None,)) : lora<f32>[2, 5, 6, 6]
+        %se = input(name='logits_lora_slots') : i32[N]
+        %el = lora(%e, %bs, %le, %se) : f32[N, 6]
+        %h = weight(name='lm_head.weight') : f32[9, 6]
+        %y = linear(%el, %h) : f32[N, 9]
+        return %y
         """,
     ),
     "simplify": (
@@ -273,13 +313,14 @@ def test_no_pass_changes_the_numbers(family: str) -> None:
         Batch((ScheduledSequence("b", (5,), 8, (1,), spec), ScheduledSequence("a", (7, 8, 9, 10), 13, (2, 0), spec))),
     ]
     results = []
-    for name in (None, *PASSES):
-        version = graph if name is None else run_passes(graph, after=name)
+    stages = [(p.name, None) for p in PIPELINE] + [(p.name, (2, 5)) for p in pipeline((2, 5))]
+    for name, lora in ((None, None), *stages):
+        version = graph if name is None else run_passes(graph, after=name, lora=lora)
         executor = ReferenceExecutor(
             version, lambda n: weights.read(n, shapes[n]), KVSpec(3, 16, 0, 64), sampler=lambda *_: []
         )
         results.append(np.concatenate([executor.logits(batch) for batch in steps]))
-    for name, result in zip(PASSES, results[1:], strict=True):
+    for name, result in zip(stages, results[1:], strict=True):
         scale = np.abs(results[0]).max()
         assert np.abs(result - results[0]).max() <= 2e-6 * scale, name
 
@@ -361,3 +402,10 @@ def test_bind_types_refuses_weights_that_nobody_uses() -> None:
 def test_unknown_pass_is_named() -> None:
     with pytest.raises(ValueError, match="no pass named 'x'"):
         run_passes(parse(CASES["simplify"][0]), after="x")
+
+
+def test_adapters_are_stored_in_bf16_beside_any_other_weight_than_f32() -> None:
+    text = CASES["insert_lora"][0].replace("name='d.weight') : f32", "name='d.weight') : bf16")
+    graph = PASSES["insert_lora"](parse(text.replace("%dt = transpose(%d) : f32", "%dt = transpose(%d) : bf16")))
+    types = [str(n.type) for n in graph.leaves("input") if n.name.startswith("lora.")]
+    assert types == ["lora<bf16>[2, 5, 4, 6+2]", "lora<bf16>[2, 5, 6, 6]"]

@@ -32,6 +32,17 @@ def program_of(family: str):
 def test_text_round_trip(family: str) -> None:
     program = program_of(family)
     assert parse_program(print_program(program)) == program
+    adapted = lower(run_passes(graph_of(family), lora=(3, 8)), LIMITS, 64)
+    assert adapted.adapters and parse_program(print_program(adapted)) == adapted
+
+
+def test_adapters_add_in_place() -> None:
+    program = lower(run_passes(graph_of("llama"), lora=(3, 8)), LIMITS, 64)
+    calls = [call for call in program.calls if call.kernel == "lora"]
+    assert len(calls) == 4 * 3  # qkv, o, gate and up, down of each layer
+    assert all(call.outputs == call.operands[:1] for call in calls)
+    assert calls[0].name == "model.layers.0.self_attn.qkv_proj.lora"
+    assert [table.type.widths for table in program.adapters[:2]] == [(48, 16, 16), (48,)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

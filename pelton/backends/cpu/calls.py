@@ -7,7 +7,8 @@ from typing import Any
 
 from ...graph import BF16, F32, I8, TensorType
 from ...graph.rope import RopeSpec
-from ...program import CacheRef, Call, ConstantRef, InputRef, Operand, Program, View
+from ...program import AdapterRef, CacheRef, Call, ConstantRef, InputRef, Operand, Program, View
+from .adapters import MOST_PARTS
 from .packing import FLOATS, INT8, int8_activations, linear_packing, rows_packing
 
 _DIMS = {"T": 0, "S": 1, "N": 2}
@@ -50,6 +51,8 @@ class _Translator:
     def native(self, operand: Operand | None) -> tuple[str, int, int]:
         if operand is None:
             return ("none", 0, 0)
+        if isinstance(operand, AdapterRef):  # the native side has them behind the KV caches
+            return ("cache", len(self.program.caches) + operand.index, 0)
         if isinstance(operand, View):
             return ("arena", 0, self.program.buffers[operand.buffer].offset + 4 * operand.start)
         return (_SPACES[type(operand)], operand.index, 0)
@@ -160,6 +163,12 @@ class _Translator:
         ints += [*self._cache_ints(cache), self.params["window"]]
         floats = [self.params["scale"], self.params["softcap"]]
         return ints, floats, (out, q, cache, table, lens, starts, slopes)
+
+    def _lora(self, out: View, y: View, x: View, table: AdapterRef, slots: Operand) -> Any:
+        type = self.program.adapters[table.index].type
+        widths = [*type.widths, *[0] * (MOST_PARTS - len(type.widths))]
+        ints = [self.rows, type.in_features, self.ld(y), self.ld(x), type.slots, type.max_rank]
+        return [*ints, int(type.dtype == BF16), len(type.widths), *widths], [], (y, x, table, slots)
 
     def _take_rows(self, out: View, x: View, indices: Operand) -> Any:
         return [out.cols, self.ld(out), self.ld(x)], [], (out, x, indices)

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -17,9 +17,10 @@ from ...graph.quantized import HostTensor
 from ...program import Constant, Program, constant_text
 from ...program.weights import evaluate, vector
 from ..base import Batch, KVSpec, Sampler, StepProfile
-from ..host import HostExecutor
-from ..step_inputs import StepInputs, step_inputs
+from ..host import AdapterPart, HostExecutor
+from ..step_inputs import StepInputs
 from . import packing
+from .adapters import table_bytes, write_slot
 from .calls import CACHE_FORMATS, native_calls
 from .costs import CallCost, call_costs
 from .packed_cache import open_or_pack
@@ -59,6 +60,11 @@ def cache_bytes_per_block(program: Program, block_size: int) -> int:
     return sum(
         _native.cache_bytes(c.num_kv_heads, c.head_dim, block_size, 1, CACHE_FORMATS[c.dtype]) for c in program.caches
     )
+
+
+def adapter_bytes(program: Program) -> int:
+    """Bytes of all tables that adapters are kept in."""
+    return sum(table_bytes(table.type) for table in program.adapters)
 
 
 def choose_isa(requested: str | None) -> str:
@@ -111,7 +117,7 @@ class CpuExecutor(HostExecutor):
         read_once = sum(constant_bytes(c) for c in program.constants if c.packing in ("panels", "vector"))
         self._native = _native.Executor(isa, threads, max(program.arena_bytes, 64))
         sampler = sampler or NativeSampler(self._native)
-        super().__init__(kv_spec, sampler, program.flops, {**program.bytes, "1": float(read_once)})
+        super().__init__(kv_spec, sampler, program.flops, {**program.bytes, "1": float(read_once)}, program.adapters)
         self.program = program
         self._isa = isa
         self._publishing: threading.Thread | None = None
@@ -124,6 +130,10 @@ class CpuExecutor(HostExecutor):
                 _native.cache_bytes(cache.num_kv_heads, cache.head_dim, kv_spec.block_size, kv_spec.num_blocks, format)
             )
             self._caches.append(self._native.cache(index).reshape(kv_spec.num_blocks, -1))
+        self._tables: list[Bytes] = []
+        for table in program.adapters:
+            index = self._native.add_cache(table_bytes(table.type))
+            self._tables.append(self._native.cache(index))
         self._activations = activations if _native.has_int8_products(isa) else "float"
         for call in native_calls(program, kv_spec.block_size, kv_spec.num_blocks, self._activations):
             self._native.add_call(call.kernel, call.operands, call.ints, call.floats)
@@ -163,6 +173,9 @@ class CpuExecutor(HostExecutor):
     def _block_bytes(self) -> list[Bytes]:
         return self._caches
 
+    def _write_adapter(self, index: int, slot: int, parts: Sequence[AdapterPart]) -> None:
+        write_slot(self.program.adapters[index].type, slot, parts, self._tables[index])
+
     def _run(self, inputs: StepInputs) -> tuple[npt.NDArray[np.float32], float]:
         return self._logits(inputs, self._native.run(inputs.dims, self._inputs(inputs)))
 
@@ -190,7 +203,7 @@ class CpuExecutor(HostExecutor):
 
     def profile(self, batch: Batch) -> StepProfile:
         """Run a step without sampling from it and measure each call, with a barrier after it."""
-        inputs = step_inputs(batch, self._kv_spec.block_size)
+        inputs = self._inputs_of(batch)
         start = time.perf_counter()
         seconds = self._native.run_profiled(inputs.dims, self._inputs(inputs))
         wall = time.perf_counter() - start
@@ -204,6 +217,7 @@ class CpuExecutor(HostExecutor):
 
     def close(self) -> None:
         self._caches.clear()
+        self._tables.clear()
         self._native.close()
         if self._publishing is not None:
             self._publishing.join()

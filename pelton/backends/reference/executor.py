@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from ...graph import BF16, I8, OPS, CacheType, Graph, Node
+from ...graph import BF16, I8, OPS, AdapterType, CacheType, Graph, Node
 from ...graph.ops import f32, int8_token
 from ...graph.quantized import HostTensor
+from ...program import AdapterTable
 from ...program.weights import evaluate
 from ..base import KVSpec, Sampler
-from ..host import HostExecutor
+from ..host import AdapterPart, HostExecutor
 from ..step_inputs import StepInputs
 
 
@@ -25,7 +26,10 @@ class ReferenceExecutor(HostExecutor):
     """
 
     def __init__(self, graph: Graph, read: Callable[[str], HostTensor], kv_spec: KVSpec, sampler: Sampler) -> None:
-        super().__init__(kv_spec, sampler, graph.flops, graph.bytes)
+        tables = {n: n.type for n in graph.leaves("input") if isinstance(n.type, AdapterType)}
+        adapters = [AdapterTable(t, n.attrs["modules"], n.attrs["row_orders"]) for n, t in tables.items()]
+        super().__init__(kv_spec, sampler, graph.flops, graph.bytes, adapters)
+        self._tables: dict[Node, Any] = {n: [[(w, None) for w in t.widths]] * t.slots for n, t in tables.items()}
         self._graph = graph
         self._constants: dict[Node, Any] = {}
         self._caches: dict[Node, Any] = {}
@@ -35,6 +39,12 @@ class ReferenceExecutor(HostExecutor):
             elif isinstance(node.type, CacheType) and node.op == "input":
                 self._caches[node] = _zeros(node.type, kv_spec)
 
+    def _write_adapter(self, index: int, slot: int, parts: Sequence[AdapterPart]) -> None:
+        type = self._adapters[index].type
+        exact = ml_dtypes.bfloat16 if type.dtype == BF16 else np.float32
+        stored = [p if p is None else tuple(v.astype(exact).astype(np.float32) for v in p) for p in parts]
+        list(self._tables.values())[index][slot - 1] = list(zip(type.widths, stored, strict=True))
+
     def _block_bytes(self) -> list[Any]:
         # Keys and values apart: blocks are the second dimension.
         halves = [half.reshape(len(half), -1) for cache in self._caches.values() for half in cache]
@@ -42,7 +52,7 @@ class ReferenceExecutor(HostExecutor):
 
     def _run(self, inputs: StepInputs) -> tuple[Any, float]:
         start = time.perf_counter()
-        values: dict[Node, Any] = {**self._constants, **self._caches}
+        values: dict[Node, Any] = {**self._constants, **self._caches, **self._tables}
         for node in self._graph.nodes:
             if node.op == "input" and node not in values:
                 values[node] = inputs.arrays[node.name]
@@ -56,6 +66,7 @@ class ReferenceExecutor(HostExecutor):
     def close(self) -> None:
         self._constants.clear()
         self._caches.clear()
+        self._tables.clear()
 
 
 def _zeros(cache: CacheType, kv: KVSpec) -> Any:
