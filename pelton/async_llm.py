@@ -18,7 +18,7 @@ from .prompts import Conversation, EncodedPrompt, Prompt, Tokenizer, conversatio
 
 if TYPE_CHECKING:
     from .engine.engine import EngineOutput, LLMEngine
-    from .engine.stats import EngineStats
+    from .engine.stats import EngineStats, StepRecord
     from .engine.structured import Grammar
     from .llm import Parts
 
@@ -89,6 +89,14 @@ class AsyncLLM:
         """As :meth:`pelton.LLM.peak_bandwidth`."""
         return self._parts.peak_bandwidth(achieved)
 
+    def peak_flops(self) -> float | None:
+        """As :meth:`pelton.LLM.peak_flops`."""
+        return self._parts.peak_flops()
+
+    async def get_steps(self) -> list[StepRecord]:
+        """As :meth:`pelton.LLM.get_steps`."""
+        return await self._in_engine(lambda engine: engine.steps())
+
     async def generate(
         self, prompt: Prompt | EncodedPrompt, sampling_params: SamplingParams | None = None, **options: Any
     ) -> RequestOutput:
@@ -152,7 +160,8 @@ class AsyncLLM:
         return self._engine.adapter_names()
 
     async def _in_engine(self, function: Callable[[LLMEngine], _T]) -> _T:
-        return await asyncio.wrap_future(self._engine.call(function))
+        result: _T = await asyncio.wrap_future(self._engine.call(function))
+        return result
 
     def conversation(self, messages: Conversation, tools: list[dict[str, Any]] | None = None) -> EncodedPrompt:
         """The tokens of a conversation, with the model's chat template, as a prompt.

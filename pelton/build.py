@@ -108,6 +108,17 @@ class Built:
 
         return measured_peaks(self.plan.isa, self.plan.threads, achieved=achieved)["read_bandwidth"]
 
+    def peak_flops(self) -> float | None:
+        """Measured FLOP/s in the precision of most of the model's products, for MFU; measured once per machine."""
+        if self.plan.config.device != "cpu":
+            return None
+        from .backends.cpu.executor import CpuExecutor
+        from .backends.cpu.peaks import measured_peaks
+
+        assert isinstance(self.executor, CpuExecutor)
+        peaks = measured_peaks(self.plan.isa, self.plan.threads)
+        return peaks.get(self.executor.precision, peaks["f32"])
+
     def read_adapter(self, name: str) -> LoraAdapter:
         """A PEFT adapter for this model, from a folder or a hub id.
 

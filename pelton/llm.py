@@ -23,7 +23,7 @@ from .prompts import Conversation, EncodedPrompt, Prompt, Tokenizer, as_list, co
 
 if TYPE_CHECKING:
     from .engine.engine import LLMEngine
-    from .engine.stats import EngineStats
+    from .engine.stats import EngineStats, StepRecord
 
 Params: TypeAlias = "SamplingParams | Sequence[SamplingParams] | None"
 
@@ -55,6 +55,8 @@ class Parts(Protocol):
     def read_adapter(self, name: str) -> Any: ...  # a LoraAdapter
 
     def peak_bandwidth(self, achieved: float = 0.0) -> float | None: ...
+
+    def peak_flops(self) -> float | None: ...
 
     def close(self) -> None: ...
 
@@ -127,9 +129,20 @@ class LLM:
         """
         return self._parts.peak_bandwidth(achieved)
 
+    def peak_flops(self) -> float | None:
+        """Measured FLOP/s of this machine in the precision that this model mostly computes in; None as above."""
+        return self._parts.peak_flops()
+
     def get_stats(self) -> EngineStats:
-        """Totals since the start: tokens, steps, preemptions, prefix cache hits, bytes and FLOPs."""
+        """Totals since the start: tokens, steps, preemptions, prefix cache hits, bytes and FLOPs.
+
+        ``get_stats().mbu(llm.peak_bandwidth())`` and ``.mfu(llm.peak_flops())`` say what part of the machine that is.
+        """
         return self._engine.stats()
+
+    def get_steps(self) -> list[StepRecord]:
+        """The latest steps, 1,024 at most: what each was made of, what it brought, how full the KV cache was."""
+        return self._engine.steps()
 
     @overload
     def generate(

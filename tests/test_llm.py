@@ -7,6 +7,7 @@ import pytest
 
 import pelton
 from pelton import LLM, EngineConfig, SamplingParams
+from pelton.backends.base import StepStats
 from pelton.errors import RequestError, TokenizerError
 from pelton.llm import _interrupts_deferred
 from pelton.outputs import Logprob
@@ -325,3 +326,14 @@ def test_the_public_names_exist_and_importing_them_is_light():
 
 def test_types_may_be_called_as_torch_calls_them():
     assert EngineConfig(dtype="bfloat16", kv_cache_dtype="float32") == EngineConfig(dtype="bf16", kv_cache_dtype="f32")
+
+
+def test_every_step_leaves_a_record():
+    llm = LLM.from_parts(FakeBuilt(stats=StepStats(seconds=0.5, flops=100.0, bytes=10.0)))
+    llm.generate(["abc", "abcd"], SamplingParams(max_tokens=3))
+    steps, stats = llm.get_steps(), llm.get_stats()
+    assert len(steps) == stats.steps == 3
+    assert [(s.num_prefills, s.num_decodes, s.num_running) for s in steps] == [(2, 0, 2), (0, 2, 2), (0, 2, 0)]
+    assert steps[0].prefill_tokens == 7 and steps[0].kv_use > 0 == steps[-1].kv_use
+    assert stats.mbu(40.0) == steps[1].mbu(40.0) == 0.5
+    assert stats.mfu(400.0) == steps[1].mfu(400.0) == 0.5

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PeltonError
-from ..metrics import percentile
+from ..metrics import mbu, mfu, percentile
 from .latency import gaps_by_position
 from .replay import Replay, output_rate
 from .throughput import Variant
@@ -38,11 +38,22 @@ def check(path: str | None) -> None:
         raise PeltonError("plots need matplotlib", "pip install matplotlib (or 'pelton[bench]')") from None
 
 
-def over_time(runs: Sequence[tuple[Variant, Replay]], title: str, subtitle: str, path: str) -> None:
-    """Output tokens per second, sequences that run, and KV blocks in use, each over time."""
-    with _figure(title, subtitle, path, rows=3, height=7.4, ratios=(2.2, 1, 1)) as axes:
-        rate, running, kv_use = axes
-        for colour, (variant, run) in zip(_cycle(len(runs)), runs, strict=True):
+def over_time(
+    runs: Sequence[tuple[Variant, Replay]],
+    title: str,
+    subtitle: str,
+    path: str,
+    peaks: Sequence[tuple[float, float] | None] = (),
+) -> None:
+    """Output tokens per second, sequences that run, and KV blocks in use, each over time.
+
+    peaks: bytes/s and FLOP/s of the machine at the time of each run. With them, MBU and MFU of its steps as well.
+    """
+    shown = [peak for peak in peaks if peak is not None]
+    ratios = (2.2, 1, 1, 1.2) if shown else (2.2, 1, 1)
+    with _figure(title, subtitle, path, rows=len(ratios), height=9.2 if shown else 7.4, ratios=ratios) as axes:
+        rate, running, kv_use, *used = axes
+        for index, (colour, (variant, run)) in enumerate(zip(_cycle(len(runs)), runs, strict=True)):
             bins = min(_BINS, max(1, len(run.steps) // _STEPS_PER_BIN))
             edges = [i * run.seconds / bins for i in range(bins + 1)]
             rate.stairs(
@@ -51,14 +62,45 @@ def over_time(runs: Sequence[tuple[Variant, Replay]], title: str, subtitle: str,
             times = [0.0, *(m.time - run.start for m in run.steps)]
             running.step(times, [0, *(m.num_running for m in run.steps)], color=colour, linewidth=1.2, where="pre")
             kv_use.plot(times, [0.0, *(100 * m.kv_use for m in run.steps)], color=colour, linewidth=1.2)
-        for axis, what in ((rate, "output tokens/s"), (running, "sequences running"), (kv_use, "KV cache in use, %")):
+            peak = peaks[index] if peaks else None
+            if peak is not None:
+                bandwidth, flops = utilization_over_time(run, bins, *peak)
+                label = f", {variant.batching}" if len(runs) > 1 else ""
+                used[0].stairs(bandwidth, edges, baseline=None, color=colour, linewidth=1.4, label="MBU" + label)
+                used[0].stairs(
+                    flops, edges, baseline=None, color=colour, linewidth=1.4, linestyle=":", label="MFU" + label
+                )
+        panels = [(rate, "output tokens/s"), (running, "sequences running"), (kv_use, "KV cache in use, %")]
+        for axis, what in (*panels, *((axis, "bandwidth and arithmetic in use, %") for axis in used)):
             axis.set_title(what)
             axis.set_ylim(bottom=0)
             axis.set_xlim(0, max(run.seconds for _, run in runs))
         running.yaxis.get_major_locator().set_params(integer=True)
         if len(runs) > 1:
             rate.legend(loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=len(runs))
-        kv_use.set_xlabel("seconds since the first request")
+        if used:
+            used[0].legend(loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=2 * len(runs))
+        axes[-1].set_xlabel("seconds since the first request")
+
+
+def utilization_over_time(
+    run: Replay, bins: int, peak_bandwidth: float, peak_flops: float
+) -> tuple[list[float], list[float]]:
+    """Percentages of both peaks in ``bins`` equal spans: what its steps moved and computed, over the time of a span.
+
+    A step belongs to the span in which its middle was.
+    """
+    width = run.seconds / bins
+    moved, computed = [0.0] * bins, [0.0] * bins
+    for step in run.steps:
+        middle = step.time - step.seconds / 2 - run.start
+        index = min(max(int(middle / width), 0), bins - 1)
+        moved[index] += step.bytes
+        computed[index] += step.flops
+    return (
+        [100 * mbu(total, width, peak_bandwidth) for total in moved],
+        [100 * mfu(total, width, peak_flops) for total in computed],
+    )
 
 
 def curve(rows: Sequence[tuple[Variant, dict[str, Any]]], title: str, subtitle: str, path: str) -> None:

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 from ..backends.cpu.executor import CpuExecutor
 from ..build import Built
 from ..engine.engine import LLMEngine
-from ..graph.cost import StepShape
 from ..metrics import latencies_ms, mbu, mfu, throughput
 from .neighbours import Neighbours
 from .replay import Replay, replay
@@ -68,14 +67,8 @@ def peak_meter(built: Built) -> Meter | None:
 
 
 def precision_of(executor: object) -> str | None:
-    """The precision that most FLOPs of a token are done in: MFU is against its peak."""
-    if not isinstance(executor, CpuExecutor):
-        return None
-    flops: dict[str, float] = {}
-    one_token = StepShape((1,), (1,), 1)
-    for cost in executor.costs:
-        flops[cost.precision] = flops.get(cost.precision, 0.0) + one_token.evaluate(cost.flops)
-    return max(flops, key=lambda name: flops[name])
+    """The precision that MFU is of; None for devices whose peaks nobody measures."""
+    return executor.precision if isinstance(executor, CpuExecutor) else None
 
 
 def warm_up(engine: LLMEngine, workload: Workload, count: int) -> None:

@@ -17,6 +17,7 @@ from .bench_workload import workload
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..bench.roofline import Peaks
     from ..bench.throughput import Measured, Variant
     from ..build import Built
     from ..config import EngineConfig
@@ -203,7 +204,14 @@ class _Bench:
         if len({each.variant.max_num_seqs for each in self.measured}) > 1:
             plots.curve([(e.variant, row) for e, row in zip(self.done, rows, strict=True)], title, subtitle, path)
         else:
-            plots.over_time([(e.variant, e.replays[e.middle]) for e in self.done], title, subtitle, path)
+            runs = [(e.variant, e.replays[e.middle]) for e in self.done]
+            peaks = [self._peaks(e.peaks[e.middle]) for e in self.done]
+            plots.over_time(runs, title, subtitle, path, peaks)
+
+    def _peaks(self, peaks: Peaks | None) -> tuple[float, float] | None:
+        if peaks is None or self.precision is None:
+            return None
+        return peaks.rates["read_bandwidth"], peaks.compute(self.precision)
 
 
 def _print_one(out: Console, row: dict[str, Any]) -> None:

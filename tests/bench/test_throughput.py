@@ -419,6 +419,9 @@ def test_pictures_name_what_they_show(picture: Any) -> None:
     plots.over_time(runs, "a title", "a subtitle", str(picture))
     for part in ("a title", "a subtitle", "static", "inflight", "sequences running", "KV cache in use"):
         assert part in text()
+        assert "MBU" not in text()
+    plots.over_time(runs, "a title", "a subtitle", str(picture), [(1e3, 1e6), None])
+    assert "MBU, static" in text() and "MFU, static" in text() and "MBU, inflight" not in text()
     rows = [(Variant(n, kind), summary(DONE, None, None)) for kind in ("static", "inflight") for n in (1, 64)]
     plots.curve(rows, "a curve", "", str(picture))
     for part in ("a curve", "static, p50", "inflight, p99", ">64<", "TPOT", "TTFT"):
@@ -426,6 +429,20 @@ def test_pictures_name_what_they_show(picture: Any) -> None:
     plots.latency([batch(), batch()], "of a batch", "", str(picture))
     for part in ("of a batch", "p10 to p90", "p99 1000.0 ms"):
         assert part in text()
+
+
+def test_utilization_over_time_counts_every_step_once() -> None:
+    from pelton.bench.plots import utilization_over_time
+
+    clock = Clock()
+    done = replay(engine_on(clock), [request(5, 3), request(6, 2)], [0.0, 0.0], clock=clock, sleep=clock.sleep)
+    # Steps of 7, 2 and 1 tokens, half a second each, of 10 bytes and 100 FLOPs a token.
+    assert utilization_over_time(done, 3, 1000.0, 10_000.0) == (
+        pytest.approx([14.0, 4.0, 2.0]), pytest.approx([14.0, 4.0, 2.0])
+    )  # fmt: skip
+    assert utilization_over_time(done, 1, 1000.0, 5_000.0) == (
+        pytest.approx([100 / 15]), pytest.approx([200 / 15])
+    )  # fmt: skip
 
 
 def test_pictures_of_single_tokens_and_of_engines_without_a_name(picture: Any) -> None:

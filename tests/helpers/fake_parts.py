@@ -106,6 +106,9 @@ class FakeBuilt:
     def peak_bandwidth(self, achieved: float = 0.0) -> float | None:
         return self.bandwidth
 
+    def peak_flops(self) -> float | None:
+        return None
+
     def read_adapter(self, name: str) -> SimpleNamespace:
         self.read_adapters.append(name)
         return SimpleNamespace(identity=f"identity of {name}", weights={name: None})

@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from ...graph.cost import StepShape
 from ...graph.quantized import HostTensor
 from ...program import Constant, Program, constant_text
 from ...program.weights import evaluate, vector
@@ -200,6 +201,15 @@ class CpuExecutor(HostExecutor):
         return call_costs(
             self.program, [constant_bytes(c) for c in self.program.constants], self._isa, self._activations
         )
+
+    @cached_property
+    def precision(self) -> str:
+        """The one that most FLOPs of a token are done in: MFU is against its peak."""
+        flops: dict[str, float] = {}
+        one_token = StepShape((1,), (1,), 1)
+        for cost in self.costs:
+            flops[cost.precision] = flops.get(cost.precision, 0.0) + one_token.evaluate(cost.flops)
+        return max(flops, key=lambda name: flops[name])
 
     def profile(self, batch: Batch) -> StepProfile:
         """Run a step without sampling from it and measure each call, with a barrier after it."""
