@@ -175,7 +175,7 @@ def _bound(value: float) -> str:
     return "just above 0" if value == math.ulp(0.0) else f"{value:g}"
 
 
-KVDType = Literal["auto", "f32", "bf16", "int8"]
+KVDType = Literal["auto", "f32", "bf16", "int8", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class EngineConfig:
     device: Literal["cpu", "reference"] = "cpu"
     dtype: Literal["auto", "f32", "bf16"] = "auto"  # of weights that are not quantized; auto: as stored
     quantization: Literal["int8", "int4", "fp8", "nvfp4"] | None = None  # of linear layers, as they are loaded
-    kv_cache_dtype: KVDType = "auto"  # auto: f32 for an f32 model, bf16 otherwise; int8 takes half of that
+    kv_cache_dtype: KVDType = "auto"  # auto: f32 for an f32 model, bf16 otherwise; int8, fp8: half of that
     max_model_len: int | None = None  # tokens; None: what the model allows and memory holds
     max_num_seqs: int = 64  # sequences in one step
     max_num_batched_tokens: int = 1024  # tokens in one step: bounds the arena and a step's duration

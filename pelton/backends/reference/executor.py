@@ -9,8 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ...graph import BF16, I8, OPS, CacheType, Graph, Node
-from ...graph.ops import f32, int8_token
+from ...graph import BF16, E4M3, I8, OPS, CacheType, Graph, Node
+from ...graph.ops import f32, scaled_token
 from ...graph.quantized import HostTensor
 from ...program.weights import evaluate
 from ..base import KVSpec, Sampler
@@ -61,6 +61,6 @@ class ReferenceExecutor(HostExecutor):
 def _zeros(cache: CacheType, kv: KVSpec) -> Any:
     """An empty cache as ``kv_write`` wants it."""
     tokens = (2, kv.num_blocks, kv.block_size, cache.num_kv_heads)
-    if cache.dtype == I8:
-        return np.zeros(tokens, int8_token(cache.head_dim))
+    if cache.dtype in (I8, E4M3):
+        return np.zeros(tokens, scaled_token(cache.dtype, cache.head_dim))
     return np.zeros((*tokens, cache.head_dim), ml_dtypes.bfloat16 if cache.dtype == BF16 else np.float32)

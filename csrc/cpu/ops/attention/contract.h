@@ -22,13 +22,14 @@ constexpr int kAmxTileRows = 16;  // rows of an AMX tile
 // Tokens of a cache block are kept in groups of this size; block_size is a multiple of it.
 constexpr int kTokenGroup = 16;
 
-enum CacheFormat { kCacheF32, kCacheBf16, kCacheInt8 };
+enum CacheFormat { kCacheF32, kCacheBf16, kCacheInt8, kCacheFp8 };
 
-// Per block and KV head: keys, then values, for int8 then the scales of the keys and of the values.
+// Per block and KV head: keys, then values, for int8 and fp8 then the scales of the keys and of the values.
 //   f32:  keys [head_dim][block_size],         values [block_size][padded]
 //   bf16: keys [head_dim / 2][block_size][2],  values [block_size / 2][padded][2]
 //   int8: keys [quads][block_size][4],         values [block_size / 4][padded][4],
 //         scales f32 [2][block_size]; a number is its code times the scale of its token and head
+//   fp8:  the same, but the codes of a lane lie in the order 0 2 1 3, in which they are widened to pairs
 // with padded = head_dim rounded up to 16 and quads = head_dim / 4 rounded up. Keys lie transposed so that
 // scores of neighbouring tokens are neighbouring lanes and need no horizontal sums; what shares a 32-bit lane
 // is what vdpbf16ps, vpdpbusd and AMX tiles multiply at once.

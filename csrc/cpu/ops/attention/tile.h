@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/ops/attention/contract.h"
+#include "cpu/simd_fp8.h"
 #include "cpu/simd_int8.h"
 
 namespace pelton::cpu::PELTON_ISA {
@@ -19,18 +20,22 @@ constexpr bool kByteDot = false;
 
 // kStep: how many dims of a key, or tokens of a value, share a 32-bit lane. kDot: products are taken of whole
 // lanes, so queries and probabilities are packed like the cache: rounded to bf16, or as 16-bit integers in
-// two bytes, each byte in a row of its own. Otherwise they are f32, as is the arithmetic.
+// two bytes, each byte in a row of its own. Otherwise they are f32, as is the arithmetic. kScaled: keys and values
+// have scales. kExpanded: tiles are widened to bf16, and what this says is of those.
 struct F32Cache {
     static constexpr int kStep = 1;
-    static constexpr bool kDot = false, kBytes = false;
+    static constexpr bool kDot = false, kBytes = false, kScaled = false, kExpanded = false;
 };
 struct Bf16Cache {
     static constexpr int kStep = 2;
-    static constexpr bool kDot = kBf16Dot, kBytes = false;
+    static constexpr bool kDot = kBf16Dot, kBytes = false, kScaled = false, kExpanded = false;
 };
 struct Int8Cache {
     static constexpr int kStep = 4;
-    static constexpr bool kDot = kByteDot, kBytes = true;
+    static constexpr bool kDot = kByteDot, kBytes = true, kScaled = true, kExpanded = false;
+};
+struct Fp8Cache : Bf16Cache {
+    static constexpr bool kScaled = true, kExpanded = true;
 };
 
 // Bytes of a row of probabilities.
@@ -42,7 +47,7 @@ struct TileAddress {
     bool fetch;  // into the cache, while the tile before it is worked on
     const char* keys[kKeyTile / kTokenGroup];
     const char* values[kKeyTile / kTokenGroup];
-    const char* scales[kKeyTile / kTokenGroup];  // of the keys; int8 only
+    const char* scales[kKeyTile / kTokenGroup];  // of the keys, if there are any
     int64_t value_scales;                        // bytes from there to those of the values
     int64_t key_row;                             // bytes from a lane of a key to the next
 };
@@ -62,6 +67,42 @@ PELTON_INLINE VF dot_lanes(VF acc, VU row, VU lanes) {
     if constexpr (Cache::kStep == 2) return dot_pairs(acc, row, lanes);
 #endif
     return acc;
+}
+
+// ---- FP8
+
+// A key tile as bf16, in `to`: once for all rows that attend to it. Fetches the lines of the tile after it.
+PELTON_APART TileAddress expand_tile(const TileAddress& at, const TileAddress& next, int64_t lane_rows, int64_t padded,
+                                     char* to) {
+    constexpr int64_t kTileRow = kKeyTile * 4, kGroupBytes = kTokenGroup * 4;
+    const auto widen_line = [](const char* from, char* first, char* second) {
+        PELTON_UNROLL
+        for (int v = 0; v < 16 / kW; ++v) {
+            const VU quad = load_u32(from + v * kW * 4);
+            store_u32(first + v * kW * 4, fp8_pair(quad, 0));
+            store_u32(second + v * kW * 4, fp8_pair(quad, 1));
+        }
+    };
+    TileAddress expanded = at;
+    expanded.key_row = kTileRow;
+    char* values = to + 2 * lane_rows * kTileRow;
+    const int64_t value_row = padded * 4, value_bytes = kTokenGroup / 4 * value_row;
+    for (int group = 0; group < kKeyTile / kTokenGroup; ++group) {
+        char* keys = to + group * kGroupBytes;
+        expanded.keys[group] = keys;
+        for (int64_t offset = 0; offset < lane_rows * at.key_row; offset += at.key_row, keys += 2 * kTileRow) {
+            __builtin_prefetch(next.keys[group] + offset);
+            widen_line(at.keys[group] + offset, keys, keys + kTileRow);
+        }
+        expanded.values[group] = values;
+        for (int64_t row = 0; row < value_bytes; row += value_row, values += 2 * value_row) {
+            for (int64_t col = 0; col < value_row; col += 64) {
+                __builtin_prefetch(next.values[group] + row + col);
+                widen_line(at.values[group] + row + col, values + col, values + value_row + col);
+            }
+        }
+    }
+    return expanded;
 }
 
 // ---- scores [rows][64] = queries x keys x factors
