@@ -211,7 +211,7 @@ def markdown(found: dict[str, Row], times: list[Row], about: str) -> str:
     head[1:1] = ["bytes per token"] if times else []
     head += [f"decode attention to bf16, {model}" for model in MODELS] if times else []
     lines = [
-        "### Types of KV cache, SmolLM2-135M-Instruct",
+        f"### {'Types of KV cache' if times else 'Scales of an fp8 KV cache'}, SmolLM2-135M-Instruct",
         "",
         "| " + " | ".join(head) + " |",
         "|---" * len(head) + "|",
@@ -252,7 +252,7 @@ def main() -> None:
     times = [] if asked.scales else decode_times(asked.rounds, asked.threads)
     about = f"{len(texts)} conversations of {asked.tokens:,} tokens, ± the standard error over them"
     if times:
-        about += f"; decode over {CONTEXT:,} tokens, the best of {asked.rounds} rounds on {asked.threads} threads"
+        about += f"; decode over {CONTEXT:,} tokens, the best of {asked.rounds} rounds with --threads {asked.threads}"
     about += f". {cpu}, commit {where['commit']}, {date.today()}: `{command}`"
     text = markdown(found, times, about)
     print(text)
