@@ -29,7 +29,7 @@ from .peers.__main__ import commit
 from .peers.measure import machine
 from .quality import BLOCK, RESULTS, Divergence, Floats, divergence, pelton_logits, perplexity
 
-TYPES = ("f32", "bf16", "int8", "fp8")
+TYPES = ("f32", "f16", "bf16", "int8", "fp8")
 MODELS = ("smollm2-135m", "llama-3.1-8b")
 CONTEXT = 4096
 Row = dict[str, Any]
@@ -105,10 +105,11 @@ def decode_seconds(kind: str, model: str, threads: int) -> float:
     from pelton.backends.cpu.executor import choose_isa
     from pelton.bench import kernels
     from pelton.bench.shapes import MODELS as SHAPES
-    from pelton.graph import BF16, E4M3, F32, I8, CacheType
+    from pelton.graph import BF16, E4M3, F16, F32, I8, CacheType
 
     shape = SHAPES[model]
-    cache = CacheType(shape.kv_heads, shape.head_dim, {"f32": F32, "bf16": BF16, "int8": I8, "fp8": E4M3}[kind])
+    types = {"f32": F32, "f16": F16, "bf16": BF16, "int8": I8, "fp8": E4M3}
+    cache = CacheType(shape.kv_heads, shape.head_dim, types[kind])
     size = round(cache.token_bytes) * CONTEXT
     graph = kernels._attention(shape, cache)
     q = shape.heads * shape.head_dim

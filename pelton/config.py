@@ -175,7 +175,8 @@ def _bound(value: float) -> str:
     return "just above 0" if value == math.ulp(0.0) else f"{value:g}"
 
 
-KVDType = Literal["auto", "f32", "bf16", "int8", "fp8"]
+_TORCH_NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+KVDType = Literal["auto", "f32", "f16", "bf16", "int8", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("dtype", "kv_cache_dtype"):  # the names that torch and vLLM have for the same types
             value = getattr(self, name)
-            object.__setattr__(self, name, {"float32": "f32", "bfloat16": "bf16"}.get(value, value))
+            object.__setattr__(self, name, _TORCH_NAMES.get(value, value))
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:

@@ -152,7 +152,7 @@ def test_forks_copy_what_they_share_on_every_backend():
         assert len(copies) == 2
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8", "fp8"])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "f16", "int8", "fp8"])
 def test_a_prefix_from_a_file_on_every_backend(tmp_path, kv_cache_dtype):
     folder, _ = tiny_checkpoint("llama")
     prompt = list(range(3, 80))

@@ -340,11 +340,12 @@ def _scaled_tokens(x: F, dtype: np.dtype[Any]) -> Any:
 
 def _kv_write(attrs: Attrs, cache: Any, k: F, v: F, slots: npt.NDArray[Any]) -> Any:
     """cache: [2, blocks, block_size, kv_heads, head_dim], or of :func:`scaled_token` without the last
-    dimension, updated in place; slots: flat block positions."""
+    dimension, updated in place; slots: flat block positions. What an element cannot hold becomes infinite."""
     flat = cache.reshape(2, -1, *cache.shape[3:])
     for part, x in enumerate((k, v)):
         heads = x.reshape(len(x), cache.shape[3], -1)
-        flat[part, slots] = _scaled_tokens(heads, cache.dtype) if cache.dtype.names else heads
+        with np.errstate(over="ignore"):
+            flat[part, slots] = _scaled_tokens(heads, cache.dtype) if cache.dtype.names else heads
     return cache
 
 

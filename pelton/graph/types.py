@@ -24,9 +24,8 @@ class DType:
         return self.name
 
 
-F32, F16, BF16 = DType("f32", 32), DType("f16", 16), DType("bf16", 16)
+F32, F16, BF16, I32 = DType("f32", 32), DType("f16", 16), DType("bf16", 16), DType("i32", 32)
 I8, E4M3 = DType("i8", 8), DType("e4m3", 8)  # in KV caches with a float32 scale per token and head
-I32 = DType("i32", 32)
 DTYPES = {d.name: d for d in (F32, F16, BF16, I8, E4M3, I32)}
 #: What scales are stored in: floats, FP8 and powers of two as OCP MX has them, integers as GGUF's K-quants have.
 E8M0, U8 = DType("e8m0", 8), DType("u8", 8)

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from pelton.graph import BF16, F32, I32, OPS, CacheType, Graph, GroupQuant, TensorType, make, parse_graph, print_graph
+from pelton.graph import (
+    BF16,
+    F16,
+    F32,
+    I32,
+    OPS,
+    CacheType,
+    Graph,
+    GroupQuant,
+    TensorType,
+    make,
+    parse_graph,
+    print_graph,
+)
 from pelton.graph import builder as g
 from pelton.graph.cost import StepShape, total
 from pelton.graph.text import parse_type
@@ -138,7 +151,7 @@ def test_tensor_type_text() -> None:
 
 
 def test_every_type_of_cache_prints_parses_and_counts_its_scales() -> None:
-    for dtype, size in ((F32, 4 * 80), (BF16, 2 * 80), (I8, 80 + 4), (E4M3, 80 + 4)):
+    for dtype, size in ((F32, 4 * 80), (F16, 2 * 80), (BF16, 2 * 80), (I8, 80 + 4), (E4M3, 80 + 4)):
         cache = CacheType(3, 80, dtype)
         assert parse_type(str(cache)) == cache
         assert cache.token_bytes == 2 * 3 * size

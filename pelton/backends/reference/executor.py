@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from ...graph import BF16, E4M3, I8, OPS, CacheType, Graph, Node
+from ...graph import E4M3, I8, OPS, CacheType, Graph, Node
 from ...graph.ops import f32, scaled_token
-from ...graph.quantized import HostTensor
+from ...graph.quantized import SCALE_ARRAYS, HostTensor
 from ...program.weights import evaluate
 from ..base import KVSpec, Sampler
 from ..host import HostExecutor
@@ -63,4 +62,4 @@ def _zeros(cache: CacheType, kv: KVSpec) -> Any:
     tokens = (2, kv.num_blocks, kv.block_size, cache.num_kv_heads)
     if cache.dtype in (I8, E4M3):
         return np.zeros(tokens, scaled_token(cache.dtype, cache.head_dim))
-    return np.zeros((*tokens, cache.head_dim), ml_dtypes.bfloat16 if cache.dtype == BF16 else np.float32)
+    return np.zeros((*tokens, cache.head_dim), SCALE_ARRAYS[cache.dtype])

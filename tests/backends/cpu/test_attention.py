@@ -17,8 +17,7 @@ from tests.helpers.tolerance import BF16_EPS, assert_within
 from .native import BF16_DOT, ISAS, NONE, Runner, native
 from .test_rowwise import rope_table, rotate
 
-F32_CACHE, BF16_CACHE, INT8_CACHE, FP8_CACHE = 0, 1, 2, 3
-FORMATS = [F32_CACHE, BF16_CACHE, INT8_CACHE, FP8_CACHE]
+F32_CACHE, BF16_CACHE, INT8_CACHE, FP8_CACHE, F16_CACHE = FORMATS = range(5)
 SCALED = {INT8_CACHE: I8, FP8_CACHE: E4M3}
 SPLIT = 512  # keys that are attended to on their own, csrc/cpu/ops/attention/contract.h
 
@@ -118,7 +117,8 @@ def stored(shape: Shape, x: Any) -> Any:
     x = x.reshape(len(x), shape.kv_heads, -1)
     if shape.format in SCALED:
         return _cached(_scaled_tokens(x, scaled_token(SCALED[shape.format], shape.head_dim))).astype(np.float64)
-    return (x.astype(ml_dtypes.bfloat16) if shape.format == BF16_CACHE else x).astype(np.float64)
+    types = {F32_CACHE: np.float32, BF16_CACHE: ml_dtypes.bfloat16, F16_CACHE: np.float16}
+    return x.astype(types[shape.format]).astype(np.float64)
 
 
 def reference(isa: str, shape: Shape, seq: Sequence, begin: int, end: int) -> tuple[Any, Any]:
@@ -185,6 +185,12 @@ SHAPES = [
     Shape(heads=8, kv_heads=1, head_dim=128, window=70, format=FP8_CACHE),
     Shape(heads=4, kv_heads=2, head_dim=512, format=FP8_CACHE),
     Shape(alibi=True, heads=14, kv_heads=2, head_dim=20, format=FP8_CACHE),
+    Shape(format=F16_CACHE),
+    Shape(heads=9, kv_heads=3, head_dim=80, block_size=48, format=F16_CACHE),
+    Shape(heads=2, kv_heads=1, head_dim=14, format=F16_CACHE, softcap=5.0),
+    Shape(heads=8, kv_heads=1, head_dim=128, window=70, format=F16_CACHE),
+    Shape(heads=4, kv_heads=2, head_dim=512, block_size=32, format=F16_CACHE),
+    Shape(alibi=True, heads=14, kv_heads=2, head_dim=20, format=F16_CACHE),
 ]
 
 
@@ -357,6 +363,51 @@ def test_codes_and_scales_in_the_cache_are_those_of_the_reference(isa: str, form
     finite = np.isfinite(largest)
     assert not finite.all() and np.isnan(back[~finite]).all()
     assert np.allclose(np.abs(back[finite]).max(axis=-1), largest[finite], rtol=1e-6, atol=1e-42)
+
+
+def special_f16_heads(head_dim: int) -> Any:
+    """Float32 [n, head_dim]: every f16 number, what lies halfway to the next and the floats beside that; infinities,
+    NaN, what is too large (from 65520 on) and just not, subnormal floats."""
+    numbers = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    borders = np.append((numbers[1:] + numbers[:-1]) / 2, np.float32(65520))
+    others = np.array([np.inf, np.nan, 65536, 1e5, 3.4e38, 1e-10, 1e-45, 2e-38], np.float32)
+    x = np.concatenate([numbers, borders, np.nextafter(borders, 0), np.nextafter(borders, np.float32(1e9)), others])
+    return np.resize(np.concatenate([x, -x]), (-(-2 * len(x) // head_dim), head_dim))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("head_dim", [64, 22])
+def test_f16_in_the_cache_is_that_of_numpy(isa: str, head_dim: int) -> None:
+    k = special_f16_heads(head_dim)
+    k = np.concatenate([k, k[: len(k) % 2]]).reshape(-1, 2 * head_dim)
+    v, size, blocks = np.roll(k, 3, axis=0), 32, len(k) // 32 + 1
+    run = Runner(isa, 2)
+    cache = run.cache(native.cache_bytes(2, head_dim, size, blocks, F16_CACHE))
+    slots = np.random.default_rng(2).permutation(size * blocks)[: len(k)]
+    operands = [cache, run.put("k", k), run.put("v", v), run.input(slots)]
+    run.call("kv_write", operands, [2, head_dim, 2 * head_dim, 2 * head_dim, size, blocks, F16_CACHE])
+    run.run(len(k))
+
+    padded = -(-head_dim // 16) * 16
+    held = run.executor.cache(0).view(np.uint16).reshape(blocks, 2, -1)
+    keys, values = np.split(held, [head_dim * size], axis=2)
+    keys = keys.reshape(blocks, 2, head_dim, size).transpose(0, 3, 1, 2)
+    values = values.reshape(blocks, 2, size, padded).transpose(0, 2, 1, 3)[..., :head_dim]
+    for part, x in ((keys, k), (values, v)):
+        with np.errstate(over="ignore"):
+            want = x.astype(np.float16).view(np.uint16)
+        assert np.array_equal(part.reshape(size * blocks, -1)[slots], want)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_f16_number_is_read_as_what_it_is(isa: str) -> None:
+    """As the values of tokens that are seen one at a time; infinities as well, lest what overflows goes unnoticed."""
+    numbers = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    x = np.resize(numbers[~np.isnan(numbers)], (1025, 62))
+    shape = Shape(heads=1, kv_heads=1, head_dim=62, format=F16_CACHE, window=1)
+    sequence = Sequence(np.ones_like(x), np.zeros_like(x), x)
+    got = Model(isa, shape, [sequence]).step([(0, 0, len(x))])[0]
+    assert np.array_equal(got, x)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -3,8 +3,8 @@
 // matrix product in registers. With vdpbf16ps and a bf16 cache, queries and probabilities are rounded to
 // bf16; with vpdpbusd and an int8 cache, to 15 and 16 bits, which is finer, and products are exact. An fp8 cache is
 // widened to bf16 a key tile at a time, and treated as such.
-// Otherwise the arithmetic is f32. With AMX the products of both caches are made of tiles (amx.h), of an int8
-// cache where there are rows enough.
+// Otherwise the arithmetic is f32, to which numbers of an f16 cache are widened as they are loaded. With AMX the
+// products of both caches are made of tiles (amx.h), of an int8 cache where there are rows enough.
 //
 // Batch invariance: key tiles start at multiples of kKeyTile, splits at multiples of kSplit, and every
 // operation on a row is done in an order that depends on nothing but the key positions. A tile or split that
@@ -49,7 +49,7 @@ struct Problem {
     const Call* call;
     CacheLayout layout;
     int64_t head_dim, block_size, group, window, value_row, q_stride;
-    int64_t lane_rows;                             // 32-bit lanes that a key takes in products
+    int64_t lane_rows;                             // lanes that a key takes in products
     float scale, cap;                              // in powers of 2 where there is no cap
     const float* slopes;                           // of the query heads, or null
     const int32_t* block_table;                    // row of this sequence
@@ -62,14 +62,15 @@ PELTON_INLINE int64_t position_of(const Problem& p, int64_t row) { return p.firs
 TileAddress address_tile(const Problem& p, int64_t kv_head, int64_t begin, int64_t end) {
     TileAddress at;
     at.fetch = true;
-    at.value_scales = at.key_row = p.block_size * 4;
+    at.value_scales = p.block_size * 4;
+    at.key_row = p.block_size * p.layout.lane_bytes;
     for (int i = 0; i < kKeyTile / kTokenGroup; ++i) {
         int64_t token = begin + i * kTokenGroup;
         if (token >= end) token = (end - 1) / kTokenGroup * kTokenGroup;
         const int64_t inside = token % p.block_size;
         const char* block =
             p.cache + kv_head * p.layout.head_bytes + p.block_table[token / p.block_size] * p.layout.block_bytes;
-        at.keys[i] = block + inside * 4;
+        at.keys[i] = block + inside * p.layout.lane_bytes;
         at.values[i] = block + p.layout.key_bytes + inside * p.value_row;
         at.scales[i] = block + p.layout.key_bytes + p.layout.value_bytes + inside * 4;
     }
@@ -522,6 +523,9 @@ void attention_tiles(const Call& call, int64_t first, int64_t end, Worker& worke
                 break;
             case kCacheFp8:
                 attend<Fp8Cache>(p, tiles[i], s, amx);
+                break;
+            case kCacheF16:
+                attend<F16Cache>(p, tiles[i], s, amx);
                 break;
             default:
                 attend<F32Cache>(p, tiles[i], s, amx);

@@ -89,13 +89,14 @@ PELTON_INLINE float round_to_fp8(const float* x, int64_t count, F put) {
 
 void write_slot(const CacheTarget& t, int64_t slot, int64_t head, const float* k, const float* v) {
     const int64_t block = slot / t.block_size, token = slot % t.block_size;
-    const int64_t padded = t.layout.padded, row = t.block_size * 4;  // row: from a lane of a key to the next
+    const int64_t padded = t.layout.padded, lane = t.layout.lane_bytes,
+                  row = t.block_size * lane;  // row: from a lane of a key to the next
     char* keys = t.cache + block * t.layout.block_bytes + head * t.layout.head_bytes;
     char* values = keys + t.layout.key_bytes;
-    keys += token * 4;
+    keys += token * lane;
+    uint16_t rounded[kMaxHeadDim + kW];
     if (t.format == kCacheBf16) {
         values += token / 2 * padded * 4 + token % 2 * 2;
-        uint16_t rounded[kMaxHeadDim + kW];
         const auto round_all = [&](const float* x) {
             for (int64_t d = 0; d < t.head_dim; d += kW) store_u16(rounded + d, to_bf16(part(x, d, t.head_dim)));
         };
@@ -125,6 +126,12 @@ void write_slot(const CacheTarget& t, int64_t slot, int64_t head, const float* k
         const auto put_key = [&](int64_t d, int8_t code) { keys[d / 4 * row + swapped(d % 4)] = code; };
         scales[0] = round_to_fp8(k, t.head_dim, put_key);
         scales[t.block_size] = round_to_fp8(v, t.head_dim, [&](int64_t d, int8_t code) { values[d * 4] = code; });
+    } else if (t.format == kCacheF16) {
+        values += token * padded * 2;
+        for (int64_t d = 0; d < t.head_dim; d += kW) store_u16(rounded + d, to_f16(part(k, d, t.head_dim)));
+        for (int64_t d = 0; d < t.head_dim; ++d) __builtin_memcpy(keys + d * row, rounded + d, 2);
+        for (int64_t d = 0; d < t.head_dim; d += kW) store_u16(rounded + d, to_f16(part(v, d, t.head_dim)));
+        __builtin_memcpy(values, rounded, t.head_dim * 2);
     } else {
         for (int64_t d = 0; d < t.head_dim; ++d) *reinterpret_cast<float*>(keys + d * row) = k[d];
         __builtin_memcpy(values + token * padded * 4, v, t.head_dim * 4);
