@@ -4,7 +4,8 @@
     python -m benchmarks.kv_quality --scales         # scales that an fp8 cache could have, on the oracle
 
 Quality: SmolLM2-135M-Instruct with float activations on the best tier, the beginnings of ShareGPT conversations in
-its chat template. The type of the cache is all that differs, and what attention multiplies with it.
+its chat template. The type of the cache is all that differs, and what attention multiplies with it. Products that round
+activations to bf16 make much of a small difference, so the KL is given with products in f32 as well.
 Time: decode attention over 4,096 tokens at the shapes of models, enough copies of the cache in turns that each comes
 from memory; rounds of all types one after the other, the best of each beside the best of bf16.
 Writes benchmarks/results/kv-NAME.json and the same as Markdown. Use an otherwise idle machine for the times.
@@ -27,7 +28,7 @@ import numpy as np
 
 from .peers.__main__ import commit
 from .peers.measure import machine
-from .quality import BLOCK, RESULTS, Divergence, Floats, divergence, pelton_logits, perplexity
+from .quality import BLOCK, RESULTS, Divergence, Floats, divergence, pelton_kind, pelton_logits, perplexity
 
 TYPES = ("f32", "f16", "bf16", "int8", "fp8")
 MODELS = ("smollm2-135m", "llama-3.1-8b")
@@ -84,17 +85,22 @@ def quality(texts: list[list[int]], threads: int) -> dict[str, Row]:
     from pelton.checkpoint import resolve_model
     from pelton.config import EngineConfig
 
-    found = {kind: Quality() for kind in TYPES}
+    found = {kind: (Quality(), Quality()) for kind in TYPES}
     for tokens in texts:
-        want: Any = None
-        for kind, total in found.items():
-            got = pelton_logits(resolve_model(""), tokens, threads, kv_cache_dtype=kind, activations="float")
-            want = got if want is None else want
-            total.add(want, got, tokens)
+        for way, options in enumerate(({"activations": "float"}, pelton_kind("f32"))):
+            want: Any = None
+            for kind, totals in found.items():
+                got = pelton_logits(resolve_model(""), tokens, threads, kv_cache_dtype=kind, **options)
+                want = got if want is None else want
+                totals[way].add(want, got, tokens)
         print(".", end="", flush=True)
     print()
-    size = {kind: plan(EngineConfig(kv_cache_dtype=kind)).ledger.kv_bytes_per_token for kind in TYPES}
-    return {kind: {"bytes_per_token": size[kind], **total.row()} for kind, total in found.items()}
+    rows = {}
+    for kind, (total, in_f32) in found.items():
+        size, other = plan(EngineConfig(kv_cache_dtype=kind)).ledger.kv_bytes_per_token, in_f32.row()
+        rows[kind] = {"bytes_per_token": size, **total.row()}
+        rows[kind] |= {f"f32_products_{name}": other[name] for name in ("kl", "kl_error")}
+    return rows
 
 
 # ------------------------------------------------------------------ time
@@ -210,6 +216,7 @@ def scales(texts: list[list[int]]) -> dict[str, Row]:
 def markdown(found: dict[str, Row], times: list[Row], about: str) -> str:
     head = ["KV type", "perplexity", "mean KL to f32", "same top token"]
     head[1:1] = ["bytes per token"] if times else []
+    head[4:4] = ["mean KL, products in f32"] if times else []
     head += [f"decode attention to bf16, {model}" for model in MODELS] if times else []
     lines = [
         f"### {'Types of KV cache' if times else 'Scales of an fp8 KV cache'}, SmolLM2-135M-Instruct",
@@ -221,6 +228,8 @@ def markdown(found: dict[str, Row], times: list[Row], about: str) -> str:
         error = "" if row["kl_error"] is None else f" ± {row['kl_error']:.5f}"
         cells = [kind, f"{row['perplexity']:.3f}", f"{row['kl']:.5f}{error}", f"{row['same_top']:.2%}"]
         cells[1:1] = [f"{row['bytes_per_token']:,}"] if times else []
+        if times:
+            cells.insert(4, f"{row['f32_products_kl']:.7f}")
         cells += [f"{t['to_bf16']:.2f}" for t in times if t["type"] == kind]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", about, ""])

@@ -187,7 +187,7 @@ class EngineConfig:
     device: Literal["cpu", "reference"] = "cpu"
     dtype: Literal["auto", "f32", "bf16"] = "auto"  # of weights that are not quantized; auto: as stored
     quantization: Literal["int8", "int4", "fp8", "nvfp4"] | None = None  # of linear layers, as they are loaded
-    kv_cache_dtype: KVDType = "auto"  # auto: f32 for an f32 model, bf16 otherwise; int8, fp8: half of that
+    kv_cache_dtype: KVDType = "auto"  # auto: f32 for f32 models, else bf16; f16: as large; int8, fp8: half
     max_model_len: int | None = None  # tokens; None: what the model allows and memory holds
     max_num_seqs: int = 64  # sequences in one step
     max_num_batched_tokens: int = 1024  # tokens in one step: bounds the arena and a step's duration

@@ -89,8 +89,8 @@ PELTON_INLINE float round_to_fp8(const float* x, int64_t count, F put) {
 
 void write_slot(const CacheTarget& t, int64_t slot, int64_t head, const float* k, const float* v) {
     const int64_t block = slot / t.block_size, token = slot % t.block_size;
-    const int64_t padded = t.layout.padded, lane = t.layout.lane_bytes,
-                  row = t.block_size * lane;  // row: from a lane of a key to the next
+    const int64_t padded = t.layout.padded, lane = t.layout.lane_bytes;
+    const int64_t row = t.block_size * lane;  // from a lane of a key to the next
     char* keys = t.cache + block * t.layout.block_bytes + head * t.layout.head_bytes;
     char* values = keys + t.layout.key_bytes;
     keys += token * lane;
