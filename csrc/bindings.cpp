@@ -397,7 +397,7 @@ NB_MODULE(_native, m) {
     m.def("measure_peaks", &peaks, "isa"_a, "threads"_a, "seconds"_a = 0.2, "names"_a = std::vector<std::string>(),
           "Bytes/s of reads from DRAM and each cache, operations/s per precision; the best of several tries.");
     m.def("cache_bytes", &cache_bytes, "kv_heads"_a, "head_dim"_a, "block_size"_a, "num_blocks"_a, "format"_a,
-          "Size of the KV cache of one layer; format 0 is f32, 1 is bf16, 2 is int8.");
+          "Size of the KV cache of one layer; format 0 is f32, 1 is bf16, 2 is int8, 3 is fp8, 4 is f16.");
     m.def("philox", &philox, "key"_a, "counter"_a, "The 64 random bits of numpy.random.Philox(key=, counter=).");
     nb::class_<PySampleRequest>(m, "SampleRequest", "What a request wants of each of its tokens, made ready once.")
         .def(nb::init<nb::object, double, int64_t, double, double, double, double, double, double, uint64_t, int64_t,

@@ -476,7 +476,7 @@ def _check(config: EngineConfig) -> None:
             remedy = f"choose one of {', '.join(QUANTIZATIONS)}, or leave it out"
             raise PeltonError(f"{name} is {getattr(config, name)!r}", remedy)
     for name, allowed in (("device", ("cpu", "reference")), ("dtype", ("auto", "f32", "bf16")),
-                          ("kv_cache_dtype", ("auto", "f32", "bf16", "int8")),
+                          ("kv_cache_dtype", ("auto", "f32", "f16", "bf16", "int8", "fp8")),
                           ("capacity_policy", ("max_utilization", "guaranteed_no_evict")),
                           ("batching", ("inflight", "dynamic", "static")),
                           ("activations", ("auto", "float", "int8"))):  # fmt: skip

@@ -202,7 +202,8 @@ def _bound(value: float) -> str:
 
 
 Quantization = Literal["int8", "int4", "fp8", "nvfp4"]
-KVDType = Literal["auto", "f32", "bf16", "int8"]
+KVDType = Literal["auto", "f32", "f16", "bf16", "int8", "fp8"]
+_TORCH_NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ class EngineConfig:
     device: Literal["cpu", "reference"] = "cpu"
     dtype: Literal["auto", "f32", "bf16"] = "auto"  # of weights that are not quantized; auto: as stored
     quantization: Quantization | None = None  # of linear layers, as they are loaded
-    kv_cache_dtype: KVDType = "auto"  # auto: f32 for an f32 model, bf16 otherwise; int8 takes half of that
+    kv_cache_dtype: KVDType = "auto"  # auto: f32 for f32 models, else bf16; f16: as large; int8, fp8: half
     max_model_len: int | None = None  # tokens; None: what the model allows and memory holds
     max_num_seqs: int = 64  # sequences in one step
     max_num_batched_tokens: int = 1024  # tokens in one step: bounds the arena and a step's duration
@@ -239,7 +240,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("dtype", "kv_cache_dtype"):  # the names that torch and vLLM have for the same types
             value = getattr(self, name)
-            object.__setattr__(self, name, {"float32": "f32", "bfloat16": "bf16"}.get(value, value))
+            object.__setattr__(self, name, _TORCH_NAMES.get(value, value))
         if self.speculative_model is not None and self.num_speculative_tokens == 0:
             object.__setattr__(self, "num_speculative_tokens", 4)
 

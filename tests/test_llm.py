@@ -326,6 +326,7 @@ def test_the_public_names_exist_and_importing_them_is_light():
 
 def test_types_may_be_called_as_torch_calls_them():
     assert EngineConfig(dtype="bfloat16", kv_cache_dtype="float32") == EngineConfig(dtype="bf16", kv_cache_dtype="f32")
+    assert EngineConfig(kv_cache_dtype="float16") == EngineConfig(kv_cache_dtype="f16")
 
 
 def test_every_step_leaves_a_record():

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import shutil
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from pelton import LLM, AsyncLLM, PeltonError, SamplingParams
+from pelton.backends.base import SamplingError
 from tests.helpers.tiny_models import tiny_checkpoint
 
 SYSTEM = (
@@ -155,7 +158,23 @@ def test_forks_copy_what_they_share_on_every_backend():
         assert len(copies) == 2
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_a_number_that_f16_cannot_hold_fails_the_request_and_gives_no_other_answer(tmp_path):
+    folder, _ = tiny_checkpoint("llama")
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:  # values in the cache of 10^5 and more, the same output
+        weights[name] *= np.float32(1e7 if "v_proj" in name else 1e-7 if "o_proj" in name else 1)
+    shutil.copy(folder / "config.json", tmp_path)
+    save_file(weights, tmp_path / "model.safetensors")
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    for device in ("reference", "cpu"):
+        options: dict[str, Any] = {"device": device, "max_num_seqs": 1, "max_model_len": 64}
+        with LLM(str(tmp_path), kv_cache_dtype="bf16", **options) as llm:
+            assert len(llm.generate([list(range(3, 40))], params)[0].outputs[0].token_ids) == 6
+        with LLM(str(tmp_path), kv_cache_dtype="f16", **options) as llm, pytest.raises(SamplingError, match="nan"):
+            llm.generate([list(range(3, 40))], params)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "f16", "int8", "fp8"])
 def test_a_prefix_from_a_file_on_every_backend(tmp_path, kv_cache_dtype):
     folder, _ = tiny_checkpoint("llama")
     prompt = list(range(3, 80))

@@ -209,6 +209,22 @@ PELTON_INLINE VF from_f16(VH h) {
 #endif
 }
 
+// Round to nearest even; what rounds to more than 65504 is infinite, a NaN keeps its upper bits and is made quiet.
+PELTON_INLINE VH to_f16(VF x) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<VH>(_mm512_cvtps_ph(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+    return reinterpret_cast<VH>(_mm256_cvtps_ph(reinterpret_cast<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+#else
+    const VU sign = (as_u32(x) >> 16) & 0x8000u, u = as_u32(abs(x));
+    VU value = ((u + 0xfffu + ((u >> 13) & 1u)) >> 13) - (112u << 10);  // with the other bias, as above
+    // Subnormals are multiples of 2^-24, the distance of floats from 1/2 on.
+    value = u < 0x38800000u ? as_u32(abs(x) + 0.5f) - 0x3f000000u : value;
+    value = u < 0x47800000u ? value : u > 0x7f800000u ? ((u >> 13) & 0x1ffu) | 0x7e00u : VU{} + 0x7c00u;
+    return __builtin_convertvector(value | sign, VH);
+#endif
+}
+
 PELTON_INLINE float from_f16_scalar(uint16_t h) {
     const uint32_t magnitude = (h & 0x7fffu) << 13, exponent = h & 0x7c00u;
     uint32_t bits = exponent == 0x7c00u ? magnitude | 0x7f800000u : magnitude + (112u << 23);

@@ -63,10 +63,11 @@ quantization = click.option(
 )
 kv_cache_dtype = click.option(
     "--kv-cache-dtype",
-    type=click.Choice(["auto", "f32", "bf16", "int8"]),
+    type=click.Choice(["auto", "f32", "f16", "bf16", "int8", "fp8"]),
     default="auto",
-    help="Type of the KV cache; auto: f32 if the whole model is f32, else bf16. int8 takes half the memory of bf16 "
-    "and has a scale per token and head.",
+    help="Type of the KV cache; auto: f32 if the whole model is f32, else bf16. f16 takes the memory of bf16 and "
+    "rounds eight times finer. int8 and fp8 (E4M3) take half, with a scale per token and head; int8 rounds much finer "
+    "(docs/engine.md has figures).",
 )
 activations = click.option(
     "--activations",

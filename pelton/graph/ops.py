@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .cost import Cost, element_bytes, elements, tensor_bytes, total
-from .quantized import HostTensor, QuantizedArray, concat_rows
+from .quantized import SCALE_ARRAYS, HostTensor, QuantizedArray, concat_rows
 from .rope import RopeSpec
-from .types import F32, AdapterType, CacheType, GroupQuant, TensorType, TupleType, ValueType
+from .types import F32, AdapterType, CacheType, DType, GroupQuant, TensorType, TupleType, ValueType
 
 F = npt.NDArray[np.float32]
 Attrs = Mapping[str, Any]
@@ -320,35 +320,38 @@ def _kv_write_type(attrs: Attrs, cache: CacheType, k: TensorType, v: TensorType,
     return cache
 
 
-def int8_token(head_dim: int) -> np.dtype[Any]:
-    """Element type of an int8 cache: a key or value of one head."""
-    return np.dtype([("codes", np.int8, (head_dim,)), ("scale", np.float32)])
+def scaled_token(dtype: DType, head_dim: int) -> np.dtype[Any]:
+    """Element type of an int8 or FP8 cache: a key or value of one head."""
+    return np.dtype([("codes", SCALE_ARRAYS[dtype], (head_dim,)), ("scale", np.float32)])
 
 
-def _int8_tokens(x: F, dtype: np.dtype[Any]) -> Any:
-    """The largest magnitude is 127 scales; ties to even. What is not finite has codes 0 and an infinite scale."""
+def _scaled_tokens(x: F, dtype: np.dtype[Any]) -> Any:
+    """The largest magnitude is 127 or 448 scales; ties to even. What is not finite has codes 0, an infinite scale."""
+    most = np.float32(127 if dtype["codes"].base == np.int8 else 448)
     finite = np.isfinite(x).all(axis=-1, keepdims=True)
     x = np.where(finite, x, np.float32(0))
-    scale = np.abs(x).max(axis=-1, keepdims=True) / np.float32(127)
+    scale = np.abs(x).max(axis=-1, keepdims=True) / most
     tokens = np.empty(x.shape[:-1], dtype)
-    tokens["codes"] = np.clip(np.rint(x / np.where(scale > 0, scale, np.float32(1))), -127, 127)
+    units = np.clip(x / np.where(scale > 0, scale, np.float32(1)), -most, most)
+    tokens["codes"] = np.rint(units) if most == 127 else units
     tokens["scale"] = np.where(finite, scale, np.float32(np.inf))[..., 0]
     return tokens
 
 
 def _kv_write(attrs: Attrs, cache: Any, k: F, v: F, slots: npt.NDArray[Any]) -> Any:
-    """cache: [2, blocks, block_size, kv_heads, head_dim], or of :func:`int8_token` without the last
-    dimension, updated in place; slots: flat block positions."""
+    """cache: [2, blocks, block_size, kv_heads, head_dim], or of :func:`scaled_token` without the last
+    dimension, updated in place; slots: flat block positions. What an element cannot hold becomes infinite."""
     flat = cache.reshape(2, -1, *cache.shape[3:])
     for part, x in enumerate((k, v)):
         heads = x.reshape(len(x), cache.shape[3], -1)
-        flat[part, slots] = _int8_tokens(heads, cache.dtype) if cache.dtype.names else heads
+        with np.errstate(over="ignore"):
+            flat[part, slots] = _scaled_tokens(heads, cache.dtype) if cache.dtype.names else heads
     return cache
 
 
 def _cached(cache: Any) -> F:
     """What a cache, or a part of it, stands for."""
-    return cache["codes"] * cache["scale"][..., None] if cache.dtype.names else f32(cache)
+    return f32(cache["codes"]) * cache["scale"][..., None] if cache.dtype.names else f32(cache)
 
 
 def _kv_write_bytes(attrs: Attrs, out: CacheType, cache: CacheType, *types: TensorType) -> Cost:

@@ -24,14 +24,11 @@ class DType:
         return self.name
 
 
-F32 = DType("f32", 32)
-F16 = DType("f16", 16)
-BF16 = DType("bf16", 16)
-I8 = DType("i8", 8)  # in KV caches: -127 to 127, with a float32 scale per token and head
-I32 = DType("i32", 32)
-DTYPES = {d.name: d for d in (F32, F16, BF16, I8, I32)}
+F32, F16, BF16, I32 = DType("f32", 32), DType("f16", 16), DType("bf16", 16), DType("i32", 32)
+I8, E4M3 = DType("i8", 8), DType("e4m3", 8)  # in KV caches with a float32 scale per token and head
+DTYPES = {d.name: d for d in (F32, F16, BF16, I8, E4M3, I32)}
 #: What scales are stored in: floats, FP8 and powers of two as OCP MX has them, integers as GGUF's K-quants have.
-E4M3, E8M0, U8 = DType("e4m3", 8), DType("e8m0", 8), DType("u8", 8)
+E8M0, U8 = DType("e8m0", 8), DType("u8", 8)
 SCALE_DTYPES = {d.name: d for d in (F32, F16, BF16, E4M3, E8M0, U8, I8)}
 #: As a ``group_size`` or ``outer``: all elements of a row.
 ROW = 0
@@ -121,7 +118,7 @@ class CacheType:
     @property
     def token_bytes(self) -> float:
         """Bytes of the keys and values of one token, scales included."""
-        scale = 4 if self.dtype == I8 else 0
+        scale = 4 if self.dtype in (I8, E4M3) else 0
         return 2 * self.num_kv_heads * (self.head_dim * self.dtype.bits / 8 + scale)
 
     def __str__(self) -> str:

@@ -6,13 +6,28 @@ import re
 from collections.abc import Callable, Mapping
 
 from ..errors import CheckpointError
-from ..graph import BF16, F16, F32, I8, CacheType, DType, Graph, GroupQuant, Node, TensorType, make, replace, rewrite
+from ..graph import (
+    BF16,
+    E4M3,
+    F16,
+    F32,
+    I8,
+    CacheType,
+    DType,
+    Graph,
+    GroupQuant,
+    Node,
+    TensorType,
+    make,
+    replace,
+    rewrite,
+)  # fmt: skip
 from ..quantize import fitting, weight_type
 
 #: What old checkpoints keep beside their weights: masks, rope frequencies, a second copy of tied weights.
 _BUFFERS = re.compile(r"(^lm_head\.weight|rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$")
 _TYPES = {"f32": F32, "bf16": BF16}
-_CACHES = {**_TYPES, "int8": I8}
+_CACHES = {**_TYPES, "f16": F16, "int8": I8, "fp8": E4M3}
 
 
 def bind_types(

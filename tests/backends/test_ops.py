@@ -14,7 +14,7 @@ from pelton.backends.cpu import _native
 from pelton.backends.cpu.calls import SAME_KERNEL
 from pelton.backends.cpu.executor import CpuExecutor
 from pelton.backends.reference.executor import ReferenceExecutor
-from pelton.graph import BF16, F32, I8, I32, OPS, AdapterType, CacheType, Graph, GroupQuant, Node, make
+from pelton.graph import BF16, E4M3, F16, F32, I8, I32, OPS, AdapterType, CacheType, Graph, GroupQuant, Node, make
 from pelton.graph import builder as g
 from pelton.graph.quantized import QuantizedArray
 from pelton.nn import Step
@@ -102,10 +102,14 @@ CASES: dict[str, tuple[Callable[[], Node], bool]] = {
     "rope_kv_write, attention": (lambda: cached(48, 6, 2, F32, ROPE, softcap=3.0), False),
     "attention with a window": (lambda: cached(48, 6, 2, F32, ROPE, window=5), False),
     "attention over bf16": (lambda: cached(80, 4, 2, BF16, ROPE), True),
+    "attention over f16": (lambda: cached(80, 4, 2, F16, ROPE), False),
+    "kv_write, attention over f16": (lambda: cached(40, 5, 5, F16, None, alibi=True), False),
     "attention over int8": (lambda: cached(80, 4, 2, I8, ROPE), True),
     "lora": (lambda: adapted(37, (67, 5, 64), F32), False),
     "lora bf16": (lambda: adapted(37, (67, 5, 64), BF16), True),
     "kv_write, attention over int8": (lambda: cached(40, 5, 5, I8, None, alibi=True), True),
+    "attention over fp8": (lambda: cached(80, 4, 2, E4M3, ROPE), True),
+    "kv_write, attention over fp8": (lambda: cached(40, 5, 5, E4M3, None, alibi=True), True),
 }  # fmt: skip
 
 

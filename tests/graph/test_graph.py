@@ -6,6 +6,7 @@ import pytest
 
 from pelton.graph import (
     BF16,
+    F16,
     F32,
     I32,
     OPS,
@@ -20,6 +21,8 @@ from pelton.graph import (
 )  # fmt: skip
 from pelton.graph import builder as g
 from pelton.graph.cost import StepShape, total
+from pelton.graph.text import parse_type
+from pelton.graph.types import E4M3, I8
 from pelton.models import create
 from pelton.nn import trace
 from pelton.passes import run_passes
@@ -160,3 +163,10 @@ def test_graph_folder_stays_small() -> None:
 
 def test_tensor_type_text() -> None:
     assert str(TensorType(("T", 8), GroupQuant(4, 32, True))) == "int4g32m:f32[T, 8]"
+
+
+def test_every_type_of_cache_prints_parses_and_counts_its_scales() -> None:
+    for dtype, size in ((F32, 4 * 80), (F16, 2 * 80), (BF16, 2 * 80), (I8, 80 + 4), (E4M3, 80 + 4)):
+        cache = CacheType(3, 80, dtype)
+        assert parse_type(str(cache)) == cache
+        assert cache.token_bytes == 2 * 3 * size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -111,13 +113,53 @@ def test_int8_cache_is_that_of_the_oracle_and_close_to_a_cache_of_floats(family:
 
 
 @pytest.mark.parametrize("backend", [b for b in backends() if b != "reference"])
-def test_int8_cache_does_not_depend_on_company_chunking_or_threads(backend: str) -> None:
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "bloom"])
+def test_fp8_cache_is_that_of_the_oracle_and_close_to_a_cache_of_floats(family: str, backend: str) -> None:
+    folder, _ = tiny_checkpoint(family)
+    text = [int(t) for t in np.random.default_rng(3).integers(3, 101, 60)]
+    logits = {}
+    for name, device, cache in (("cpu", backend, "fp8"), ("oracle", "reference", "fp8"), ("f32", "reference", "f32")):
+        built = load(folder, device, kv_cache_dtype=cache)
+        sequences = Sequences(built.executor)
+        logits[name] = np.stack([sequences.step(a=text[:40])[0], sequences.step(b=text[:5], a=text[40:])[1]])
+        built.close()
+    scale = np.abs(logits["f32"]).max()
+    # As for int8: few numbers may become one of two codes, up to 1 / 14 of the largest apart. Tiers with bf16 products
+    # round queries and probabilities.
+    assert np.abs(logits["cpu"] - logits["oracle"]).max() <= scale * (1 / 14 / 4 + 2**-8 * (2 * 4) ** 0.5)
+    # 2**-4 of a number, averaged over the dims of a head: per layer keys and values.
+    error = np.abs(logits["cpu"] - logits["f32"]).max()
+    assert scale * 1e-4 <= error <= scale * 2**-4 * (2 * 4) ** 0.5
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b != "reference"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "bloom"])
+def test_f16_cache_is_that_of_the_oracle_and_close_to_a_cache_of_floats(family: str, backend: str) -> None:
+    folder, _ = tiny_checkpoint(family)
+    text = [int(t) for t in np.random.default_rng(3).integers(3, 101, 60)]
+    logits = {}
+    for name, device, cache in (("cpu", backend, "f16"), ("oracle", "reference", "f16"), ("f32", "reference", "f32")):
+        built = load(folder, device, kv_cache_dtype=cache)
+        sequences = Sequences(built.executor)
+        logits[name] = np.stack([sequences.step(a=text[:40])[0], sequences.step(b=text[:5], a=text[40:])[1]])
+        built.close()
+    scale = np.abs(logits["f32"]).max()
+    # As for int8: few numbers may become one of two neighbours, 2**-10 apart. No tier rounds anything else.
+    assert np.abs(logits["cpu"] - logits["oracle"]).max() <= scale * 2**-10 / 4
+    # 2**-11 of a number, averaged over the dims of a head: per layer keys and values.
+    error = np.abs(logits["cpu"] - logits["f32"]).max()
+    assert scale * 1e-6 <= error <= scale * 2**-11 * (2 * 4) ** 0.5
+
+
+@pytest.mark.parametrize("backend", [b for b in backends() if b != "reference"])
+@pytest.mark.parametrize("kind", ["f16", "int8", "fp8"])
+def test_cache_of_another_type_does_not_depend_on_company_chunking_or_threads(kind: Any, backend: str) -> None:
     folder, _ = tiny_checkpoint("llama")
     text = [int(t) for t in np.random.default_rng(5).integers(3, 101, 100)]
-    alone = load(folder, backend, threads=1, kv_cache_dtype="int8")
+    alone = load(folder, backend, threads=1, kv_cache_dtype=kind)
     want = Sequences(alone.executor).step(a=text)[0]
     alone.close()
-    built = load(folder, backend, threads=2, kv_cache_dtype="int8")
+    built = load(folder, backend, threads=2, kv_cache_dtype=kind)
     chunked = Sequences(built.executor)
     chunked.step(a=text[:1])
     chunked.step(b=text[:7], a=text[1:34])

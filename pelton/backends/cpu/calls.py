@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...graph import BF16, F32, I8, TensorType
+from ...graph import BF16, E4M3, F16, F32, I8, TensorType
 from ...graph.rope import RopeSpec
 from ...program import AdapterRef, CacheRef, Call, ConstantRef, InputRef, Operand, Program, View
 from .adapters import MOST_PARTS
@@ -15,7 +15,7 @@ _DIMS = {"T": 0, "S": 1, "N": 2}
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 #: Ops that are another op's kernel with an epilogue.
 SAME_KERNEL = {"gated_linear": "linear"}
-CACHE_FORMATS = {F32: 0, BF16: 1, I8: 2}
+CACHE_FORMATS = {F32: 0, BF16: 1, I8: 2, E4M3: 3, F16: 4}
 _SPACES: dict[type, str] = {ConstantRef: "const", CacheRef: "cache", InputRef: "input"}
 
 

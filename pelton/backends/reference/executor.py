@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from ...graph import BF16, I8, OPS, AdapterType, CacheType, Graph, Node
-from ...graph.ops import f32, int8_token
-from ...graph.quantized import HostTensor
+from ...graph import E4M3, I8, OPS, AdapterType, CacheType, Graph, Node
+from ...graph.ops import f32, scaled_token
+from ...graph.quantized import SCALE_ARRAYS, HostTensor
 from ...program import AdapterTable
 from ...program.weights import evaluate
 from ..base import KVSpec, Sampler
@@ -41,7 +40,7 @@ class ReferenceExecutor(HostExecutor):
 
     def _write_adapter(self, index: int, slot: int, parts: Sequence[AdapterPart]) -> None:
         type = self._adapters[index].type
-        exact = ml_dtypes.bfloat16 if type.dtype == BF16 else np.float32
+        exact = SCALE_ARRAYS[type.dtype]
         stored = [p if p is None else tuple(v.astype(exact).astype(np.float32) for v in p) for p in parts]
         list(self._tables.values())[index][slot - 1] = list(zip(type.widths, stored, strict=True))
 
@@ -72,6 +71,6 @@ class ReferenceExecutor(HostExecutor):
 def _zeros(cache: CacheType, kv: KVSpec) -> Any:
     """An empty cache as ``kv_write`` wants it."""
     tokens = (2, kv.num_blocks, kv.block_size, cache.num_kv_heads)
-    if cache.dtype == I8:
-        return np.zeros(tokens, int8_token(cache.head_dim))
-    return np.zeros((*tokens, cache.head_dim), ml_dtypes.bfloat16 if cache.dtype == BF16 else np.float32)
+    if cache.dtype in (I8, E4M3):
+        return np.zeros(tokens, scaled_token(cache.dtype, cache.head_dim))
+    return np.zeros((*tokens, cache.head_dim), SCALE_ARRAYS[cache.dtype])

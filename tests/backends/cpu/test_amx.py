@@ -21,7 +21,7 @@ from pelton.backends.cpu import packing
 from pelton.graph.types import BF16, F16, F32, ROW, U8, GroupQuant
 
 from .native import ISAS, NONE, Runner, native
-from .test_attention import BF16_CACHE, F32_CACHE, INT8_CACHE, Model, Sequence, Shape
+from .test_attention import BF16_CACHE, FORMATS, FP8_CACHE, INT8_CACHE, Model, Sequence, Shape
 from .test_linear import QUANTIZED, linear, make_weight
 
 EMULATOR = ctypes.CDLL(None)
@@ -170,13 +170,13 @@ def test_attention_over_bf16_goes_through_tiles_that_no_thread_keeps(group: int,
 
 
 @emulated
-@pytest.mark.parametrize("format", [F32_CACHE, BF16_CACHE, INT8_CACHE])
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_stage_without_products_for_tiles_configures_none(format: int) -> None:
     shape = Shape(heads=1, kv_heads=1, format=format)
     model = Model("amx", shape, [Sequence.random(shape, 3, 1)])
     before = executed()
     model.step([(0, 0, 3)])  # 3 rows of int8 are left to vectors
-    assert (executed() > before) == (format == BF16_CACHE)
+    assert (executed() > before) == (format in (BF16_CACHE, FP8_CACHE))
 
 
 INT8_SHAPES = [

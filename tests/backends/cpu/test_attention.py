@@ -10,14 +10,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pelton.graph.ops import _cached, _int8_tokens, int8_token
+from pelton.graph import E4M3, I8
+from pelton.graph.ops import _cached, _scaled_tokens, scaled_token
 from tests.helpers.tolerance import BF16_EPS, assert_within
 
 from .native import BF16_DOT, ISAS, NONE, Runner, native
 from .test_rowwise import rope_table, rotate
 
-F32_CACHE, BF16_CACHE, INT8_CACHE = 0, 1, 2
-FORMATS = [F32_CACHE, BF16_CACHE, INT8_CACHE]
+F32_CACHE, BF16_CACHE, INT8_CACHE, FP8_CACHE, F16_CACHE = FORMATS = range(5)
+SCALED = {INT8_CACHE: I8, FP8_CACHE: E4M3}
 SPLIT = 512  # keys that are attended to on their own, csrc/cpu/ops/attention/contract.h
 
 
@@ -114,14 +115,15 @@ class Model:
 def stored(shape: Shape, x: Any) -> Any:
     """What the cache holds of [tokens, kv_heads * head_dim], as float64 [tokens, kv_heads, head_dim]."""
     x = x.reshape(len(x), shape.kv_heads, -1)
-    if shape.format == INT8_CACHE:
-        return _cached(_int8_tokens(x, int8_token(shape.head_dim))).astype(np.float64)
-    return (x.astype(ml_dtypes.bfloat16) if shape.format == BF16_CACHE else x).astype(np.float64)
+    if shape.format in SCALED:
+        return _cached(_scaled_tokens(x, scaled_token(SCALED[shape.format], shape.head_dim))).astype(np.float64)
+    types = {F32_CACHE: np.float32, BF16_CACHE: ml_dtypes.bfloat16, F16_CACHE: np.float16}
+    return x.astype(types[shape.format]).astype(np.float64)
 
 
 def reference(isa: str, shape: Shape, seq: Sequence, begin: int, end: int) -> tuple[Any, Any]:
     """Exact attention in double precision over what the cache holds, and a bound of the error."""
-    dots = isa in BF16_DOT and shape.format == BF16_CACHE
+    dots = isa in BF16_DOT and shape.format in (BF16_CACHE, FP8_CACHE)
     integers = isa in BF16_DOT and shape.format == INT8_CACHE
     group = shape.heads // shape.kv_heads
     k = stored(shape, seq.k[:end]).repeat(group, axis=1)
@@ -177,6 +179,18 @@ SHAPES = [
     Shape(heads=8, kv_heads=1, head_dim=128, window=70, format=INT8_CACHE),
     Shape(heads=4, kv_heads=2, head_dim=512, format=INT8_CACHE),
     Shape(alibi=True, heads=14, kv_heads=2, head_dim=20, format=INT8_CACHE),
+    Shape(format=FP8_CACHE),
+    Shape(heads=9, kv_heads=3, head_dim=80, block_size=48, format=FP8_CACHE),
+    Shape(heads=2, kv_heads=1, head_dim=14, format=FP8_CACHE, softcap=5.0),
+    Shape(heads=8, kv_heads=1, head_dim=128, window=70, format=FP8_CACHE),
+    Shape(heads=4, kv_heads=2, head_dim=512, format=FP8_CACHE),
+    Shape(alibi=True, heads=14, kv_heads=2, head_dim=20, format=FP8_CACHE),
+    Shape(format=F16_CACHE),
+    Shape(heads=9, kv_heads=3, head_dim=80, block_size=48, format=F16_CACHE),
+    Shape(heads=2, kv_heads=1, head_dim=14, format=F16_CACHE, softcap=5.0),
+    Shape(heads=8, kv_heads=1, head_dim=128, window=70, format=F16_CACHE),
+    Shape(heads=4, kv_heads=2, head_dim=512, block_size=32, format=F16_CACHE),
+    Shape(alibi=True, heads=14, kv_heads=2, head_dim=20, format=F16_CACHE),
 ]
 
 
@@ -292,6 +306,131 @@ def test_garbage_of_an_earlier_owner_of_a_block_does_not_leak(isa: str, format: 
     for begin, end in [(0, 33), (33, 34), (34, 37)]:
         got = model.step([(1, begin, end)])[0]
         want, bound = reference(isa, shape, clean, begin, end)
+        assert_within(got, want, bound)
+
+
+def special_heads(head_dim: int) -> Any:
+    """Float32 [n, head_dim] whose largest number is 448 (127 scales or 448 of 1 behind it) and the like: every float
+    next to a border of two E4M3 codes, subnormals, infinities, NaN, zeros of both signs, the largest floats and the
+    smallest."""
+    codes = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    borders = (codes[1:] + codes[:-1]) / 2
+    near = np.concatenate([codes, borders, np.nextafter(borders, 0), np.nextafter(borders, np.float32(500))])
+    near = np.concatenate([near, -near])
+    near = np.resize(near, (-(-len(near) // (head_dim - 1)), head_dim - 1))
+    heads = np.concatenate([np.full((len(near), 1), 448, np.float32), near], axis=1)
+    random = np.random.default_rng(8).standard_normal((40, head_dim)).astype(np.float32)
+    random *= np.float32(10.0) ** np.arange(-40, 40, 2)[:, None].clip(-38, 37)
+    random[3] *= np.float32(1e-5)  # all of it subnormal
+    other = np.tile(random[20], (6, 1))
+    other[0, 5], other[1, 2], other[2, -1], other[3], other[4], other[5, 1] = np.nan, np.inf, -np.inf, 0, -0.0, 3.4e38
+    return np.concatenate([heads, heads * np.float32(2.0**-20), random, other])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format", SCALED)
+@pytest.mark.parametrize("head_dim", [64, 22])
+def test_codes_and_scales_in_the_cache_are_those_of_the_reference(isa: str, format: int, head_dim: int) -> None:
+    """In every tier the same bits, whatever the numbers; a token that is not finite has codes 0, infinite scales."""
+    k = special_heads(head_dim)
+    k = np.concatenate([k, k[: len(k) % 2]]).reshape(-1, 2 * head_dim)
+    v, size, blocks = np.roll(k, 3, axis=0), 32, len(k) // 32 + 1
+    run = Runner(isa, 2)
+    cache = run.cache(native.cache_bytes(2, head_dim, size, blocks, format))
+    slots = np.random.default_rng(2).permutation(size * blocks)[: len(k)]
+    operands = [cache, run.put("k", k), run.put("v", v), run.input(slots)]
+    run.call("kv_write", operands, [2, head_dim, 2 * head_dim, 2 * head_dim, size, blocks, format])
+    run.run(len(k))
+
+    lanes, padded = -(-head_dim // 4), -(-head_dim // 16) * 16
+    held = run.executor.cache(0).reshape(blocks, 2, -1)
+    keys, values, scales = np.split(held, [lanes * size * 4, (lanes + padded // 4) * size * 4], axis=2)
+    keys = keys.reshape(blocks, 2, lanes, size, 4).transpose(0, 3, 1, 2, 4)  # block, token, head, lane, byte
+    values = values.reshape(blocks, 2, size // 4, padded, 4).transpose(0, 2, 4, 1, 3)
+    if format == FP8_CACHE:
+        keys, values = keys[..., [0, 2, 1, 3]], values[:, :, [0, 2, 1, 3]]
+    scales = scales.copy().view(np.float32).reshape(blocks, 2, 2, size).transpose(2, 0, 3, 1)
+    for part, codes, x in ((0, keys, k), (1, values, v)):
+        want = _scaled_tokens(x.reshape(-1, 2, head_dim), scaled_token(SCALED[format], head_dim))
+        got = codes.reshape(size * blocks, 2, -1)[slots, :, :head_dim]
+        assert np.array_equal(got, want["codes"].view(np.uint8))
+        assert np.array_equal(scales[part].reshape(-1, 2)[slots], want["scale"])
+    # The reference itself: what 448 stands for is exact, codes are never NaN, nothing finite comes of a NaN.
+    want = _scaled_tokens(k.reshape(-1, head_dim), scaled_token(E4M3, head_dim))
+    with np.errstate(invalid="ignore"):
+        back, largest = _cached(want), np.abs(k.reshape(-1, head_dim)).max(axis=-1)
+    assert np.isfinite(want["codes"].astype(np.float32)).all()
+    finite = np.isfinite(largest)
+    assert not finite.all() and np.isnan(back[~finite]).all()
+    assert np.allclose(np.abs(back[finite]).max(axis=-1), largest[finite], rtol=1e-6, atol=1e-42)
+
+
+def special_f16_heads(head_dim: int) -> Any:
+    """Float32 [n, head_dim]: every f16 number, what lies halfway to the next and the floats beside that; infinities,
+    NaN, what is too large (from 65520 on) and just not, subnormal floats."""
+    numbers = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    borders = np.append((numbers[1:] + numbers[:-1]) / 2, np.float32(65520))
+    others = np.array([np.inf, np.nan, 65536, 1e5, 3.4e38, 1e-10, 1e-45, 2e-38], np.float32)
+    x = np.concatenate([numbers, borders, np.nextafter(borders, 0), np.nextafter(borders, np.float32(1e9)), others])
+    return np.resize(np.concatenate([x, -x]), (-(-2 * len(x) // head_dim), head_dim))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("head_dim", [64, 22])
+def test_f16_in_the_cache_is_that_of_numpy(isa: str, head_dim: int) -> None:
+    k = special_f16_heads(head_dim)
+    k = np.concatenate([k, k[: len(k) % 2]]).reshape(-1, 2 * head_dim)
+    v, size, blocks = np.roll(k, 3, axis=0), 32, len(k) // 32 + 1
+    run = Runner(isa, 2)
+    cache = run.cache(native.cache_bytes(2, head_dim, size, blocks, F16_CACHE))
+    slots = np.random.default_rng(2).permutation(size * blocks)[: len(k)]
+    operands = [cache, run.put("k", k), run.put("v", v), run.input(slots)]
+    run.call("kv_write", operands, [2, head_dim, 2 * head_dim, 2 * head_dim, size, blocks, F16_CACHE])
+    run.run(len(k))
+
+    padded = -(-head_dim // 16) * 16
+    held = run.executor.cache(0).view(np.uint16).reshape(blocks, 2, -1)
+    keys, values = np.split(held, [head_dim * size], axis=2)
+    keys = keys.reshape(blocks, 2, head_dim, size).transpose(0, 3, 1, 2)
+    values = values.reshape(blocks, 2, size, padded).transpose(0, 2, 1, 3)[..., :head_dim]
+    for part, x in ((keys, k), (values, v)):
+        with np.errstate(over="ignore"):
+            want = x.astype(np.float16).view(np.uint16)
+        assert np.array_equal(part.reshape(size * blocks, -1)[slots], want)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_f16_number_is_read_as_what_it_is(isa: str) -> None:
+    """As the values of tokens that are seen one at a time; infinities as well, lest what overflows goes unnoticed."""
+    numbers = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    x = np.resize(numbers[~np.isnan(numbers)], (1025, 62))
+    shape = Shape(heads=1, kv_heads=1, head_dim=62, format=F16_CACHE, window=1)
+    sequence = Sequence(np.ones_like(x), np.zeros_like(x), x)
+    got = Model(isa, shape, [sequence]).step([(0, 0, len(x))])[0]
+    assert np.array_equal(got, x)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("part", ["k", "v"])
+def test_every_fp8_code_is_read_as_what_it_stands_for(isa: str, part: str) -> None:
+    """Both zeros, subnormals and 448. 254 codes as the values, or the keys, of tokens that are seen one at a time."""
+    codes = np.array([c for c in range(256) if c & 127 != 127], np.uint8).view(ml_dtypes.float8_e4m3fn)
+    shape = Shape(heads=1, kv_heads=1, head_dim=32, format=FP8_CACHE, window=1 if part == "v" else 0)
+    length = len(codes)
+    x = np.zeros((length, 32), np.float32)
+    x[:, 0] = 448  # hence the scale is 1
+    x[np.arange(length), 1 + np.arange(length) % 31] = codes.astype(np.float32)
+    sequence = Sequence(np.ones_like(x), np.zeros_like(x), x.copy())
+    if part == "k":
+        # The score of a code is itself times 2^-4: the value of a key is its number, so the mean tells a wrong score.
+        sequence = Sequence(np.zeros_like(x), x, np.random.default_rng(1).standard_normal(x.shape).astype(np.float32))
+        sequence.q[:, 1:] = 0.0625
+    model = Model(isa, shape, [sequence])
+    got = model.step([(0, 0, length)])[0]
+    if part == "v":
+        assert np.array_equal(got, x)
+    else:
+        want, bound = reference(isa, shape, sequence, 0, length)
         assert_within(got, want, bound)
 
 

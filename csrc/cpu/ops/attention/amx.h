@@ -128,7 +128,7 @@ PELTON_APART void amx_scores(const char* q, int64_t q_stride, const float* facto
     const auto stride_of = [&](int64_t lane) { return lane_rows - lane < kAmxRows ? kAmxRowBytes : at.key_row; };
     const auto fetch = [&](int64_t lane) {
         const int64_t end = lane_rows - lane < kAmxRows ? lane_rows : lane + kAmxRows;
-        for (; lane < end; ++lane) fetch_keys(next, lane * at.key_row);
+        for (; lane < end; ++lane) fetch_keys<Cache>(next, lane, lane * at.key_row);
     };
     char *high = reinterpret_cast<char*>(scores), *low = scratch.sums;
     if constexpr (Cache::kBytes) {

@@ -7,14 +7,16 @@
 namespace pelton::cpu {
 
 CacheLayout cache_layout(int64_t kv_heads, int64_t head_dim, int64_t block_size, int64_t format) {
-    const int64_t size = format == kCacheF32 ? 4 : format == kCacheBf16 ? 2 : 1;
+    const int64_t size = format == kCacheF32 ? 4 : format == kCacheBf16 || format == kCacheF16 ? 2 : 1;
     CacheLayout layout;
     layout.padded = (head_dim + 15) / 16 * 16;
-    layout.lane_rows = (head_dim * size + 3) / 4;
-    layout.key_bytes = mul_sizes(layout.lane_rows * 4, block_size);
+    layout.lane_bytes = format == kCacheF16 ? 2 : 4;
+    layout.lane_rows = (head_dim * size + layout.lane_bytes - 1) / layout.lane_bytes;
+    layout.key_bytes = mul_sizes(layout.lane_rows * layout.lane_bytes, block_size);
     layout.value_bytes = mul_sizes(layout.padded * size, block_size);
     layout.head_bytes = add_sizes(layout.key_bytes, layout.value_bytes);
-    if (format == kCacheInt8) layout.head_bytes = add_sizes(layout.head_bytes, mul_sizes(8, block_size));
+    const bool scaled = format == kCacheInt8 || format == kCacheFp8;
+    if (scaled) layout.head_bytes = add_sizes(layout.head_bytes, mul_sizes(8, block_size));
     layout.block_bytes = mul_sizes(layout.head_bytes, kv_heads);
     return layout;
 }
@@ -30,7 +32,8 @@ const char* check_cache(int64_t kv_heads, int64_t head_dim, int64_t block_size, 
     if (head_dim < 2 || head_dim > 512 || head_dim % 2) return "head_dim must be even, 2 to 512";
     if (block_size < 1 || block_size % kTokenGroup) return "block_size must be a multiple of 16";
     if (num_blocks < 1) return "num_blocks must be positive";
-    if (format < kCacheF32 || format > kCacheInt8) return "cache_format must be 0 (f32), 1 (bf16) or 2 (int8)";
+    if (format < kCacheF32 || format > kCacheF16)
+        return "cache_format must be 0 (f32), 1 (bf16), 2 (int8), 3 (fp8) or 4 (f16)";
     return nullptr;
 }
 
@@ -208,7 +211,8 @@ static int64_t scratch_bytes(const Call& call) {
     const int64_t padded = (call.ints[attention::kHeadDim] + 15) / 16 * 16;
     // With AMX scores and probabilities of more rows, as many sums, keys of one step in depth, values.
     const int64_t amx = (3 * kAmxTileRows * 4 + 64 + padded * 2) * kKeyTile;
-    return kRowTile * (3 * padded * 4 + 64 + 64) + 2 * kMostTileRows * kKeyTile * 4 + amx;
+    const int64_t expanded = call.ints[attention::kFormat] == kCacheFp8 ? 2 * kKeyTile * padded * 2 : 0;
+    return kRowTile * (3 * padded * 4 + 64 + 64) + 2 * kMostTileRows * kKeyTile * 4 + amx + expanded;
 }
 
 const Contract kAttention = {

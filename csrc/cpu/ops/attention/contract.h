@@ -22,19 +22,22 @@ constexpr int kAmxTileRows = 16;  // rows of an AMX tile
 // Tokens of a cache block are kept in groups of this size; block_size is a multiple of it.
 constexpr int kTokenGroup = 16;
 
-enum CacheFormat { kCacheF32, kCacheBf16, kCacheInt8 };
+enum CacheFormat { kCacheF32, kCacheBf16, kCacheInt8, kCacheFp8, kCacheF16 };
 
-// Per block and KV head: keys, then values, for int8 then the scales of the keys and of the values.
+// Per block and KV head: keys, then values, for int8 and fp8 then the scales of the keys and of the values.
 //   f32:  keys [head_dim][block_size],         values [block_size][padded]
+//   f16:  the same in 16-bit lanes, as each number is widened to f32 on its way
 //   bf16: keys [head_dim / 2][block_size][2],  values [block_size / 2][padded][2]
 //   int8: keys [quads][block_size][4],         values [block_size / 4][padded][4],
 //         scales f32 [2][block_size]; a number is its code times the scale of its token and head
+//   fp8:  the same, but the codes of a lane lie in the order 0 2 1 3, in which they are widened to pairs
 // with padded = head_dim rounded up to 16 and quads = head_dim / 4 rounded up. Keys lie transposed so that
 // scores of neighbouring tokens are neighbouring lanes and need no horizontal sums; what shares a 32-bit lane
 // is what vdpbf16ps, vpdpbusd and AMX tiles multiply at once.
 struct CacheLayout {
     int64_t padded;
-    int64_t lane_rows;    // 32-bit lanes that a key takes
+    int64_t lane_bytes;   // of a lane: 2 for f16, else 4
+    int64_t lane_rows;    // lanes that a key takes
     int64_t key_bytes;    // keys of one block and head
     int64_t value_bytes;  // values of one block and head
     int64_t head_bytes;   // keys, values and scales of one block and head

@@ -1,9 +1,10 @@
 // Flash-style attention: a tile of rows walks the key tiles at absolute positions and keeps a running
 // maximum, sum and output per row. Scores of 64 keys, then probabilities, then values, each as a small
 // matrix product in registers. With vdpbf16ps and a bf16 cache, queries and probabilities are rounded to
-// bf16; with vpdpbusd and an int8 cache, to 15 and 16 bits, which is finer, and products are exact.
-// Otherwise the arithmetic is f32. With AMX the products of both caches are made of tiles (amx.h), of an int8
-// cache where there are rows enough.
+// bf16; with vpdpbusd and an int8 cache, to 15 and 16 bits, which is finer, and products are exact. An fp8 cache is
+// widened to bf16 a key tile at a time, and treated as such.
+// Otherwise the arithmetic is f32, to which numbers of an f16 cache are widened as they are loaded. With AMX the
+// products of both caches are made of tiles (amx.h), of an int8 cache where there are rows enough.
 //
 // Batch invariance: key tiles start at multiples of kKeyTile, splits at multiples of kSplit, and every
 // operation on a row is done in an order that depends on nothing but the key positions. A tile or split that
@@ -40,6 +41,7 @@ struct Scratch {
     float *corrections, *units, *factors;  // units: of probabilities; factors: of scores
     int32_t *lows, *highs;                 // the keys [low, high) of the current tile that a row sees
     int32_t *biases, *positions;           // biases: of scores
+    char* expanded;                        // a key tile of an fp8 cache as bf16
     AmxScratch amx;
 };
 
@@ -47,6 +49,7 @@ struct Problem {
     const Call* call;
     CacheLayout layout;
     int64_t head_dim, block_size, group, window, value_row, q_stride;
+    int64_t lane_rows;                             // lanes that a key takes in products
     float scale, cap;                              // in powers of 2 where there is no cap
     const float* slopes;                           // of the query heads, or null
     const int32_t* block_table;                    // row of this sequence
@@ -59,14 +62,15 @@ PELTON_INLINE int64_t position_of(const Problem& p, int64_t row) { return p.firs
 TileAddress address_tile(const Problem& p, int64_t kv_head, int64_t begin, int64_t end) {
     TileAddress at;
     at.fetch = true;
-    at.value_scales = at.key_row = p.block_size * 4;
+    at.value_scales = p.block_size * 4;
+    at.key_row = p.block_size * p.layout.lane_bytes;
     for (int i = 0; i < kKeyTile / kTokenGroup; ++i) {
         int64_t token = begin + i * kTokenGroup;
         if (token >= end) token = (end - 1) / kTokenGroup * kTokenGroup;
         const int64_t inside = token % p.block_size;
         const char* block =
             p.cache + kv_head * p.layout.head_bytes + p.block_table[token / p.block_size] * p.layout.block_bytes;
-        at.keys[i] = block + inside * 4;
+        at.keys[i] = block + inside * p.layout.lane_bytes;
         at.values[i] = block + p.layout.key_bytes + inside * p.value_row;
         at.scales[i] = block + p.layout.key_bytes + p.layout.value_bytes + inside * 4;
     }
@@ -103,7 +107,7 @@ int64_t load_query(const Problem& p, const float* from, const Scratch& s, int64_
         }
         const float size = max_lane(largest) + sum(poison);
         const float unit = size / kQueryUnits, inverse = size > 1e-30f ? kQueryUnits / size : 0.0f;
-        const int64_t bytes = p.layout.lane_rows * 4;
+        const int64_t bytes = p.lane_rows * 4;
         VU total = {};  // unsigned, as what is not finite overflows
         for (int64_t d = 0; d < head_dim; d += kW) {
             VI value = reinterpret_cast<VI>(_mm512_cvtps_epi32(reinterpret_cast<__m512>(part(d) * inverse)));
@@ -122,7 +126,7 @@ int64_t load_query(const Problem& p, const float* from, const Scratch& s, int64_
         s.factors[i] = p.scale * unit;
 #endif
     }
-    return p.layout.lane_rows * (!Cache::kDot ? Cache::kStep : Cache::kBytes ? 2 : 1);
+    return p.lane_rows * (!Cache::kDot ? Cache::kStep : Cache::kBytes ? 2 : 1);
 }
 
 template <class Cache>
@@ -147,7 +151,7 @@ void load_queries(const Problem& p, const AttentionTile& tile, const Scratch& s)
                     q + (p.query_start + token) * call.ints[kLdQ] + (head + row - token * p.group) * p.head_dim;
                 const int64_t elements = load_query<Cache>(p, from, s, state, reinterpret_cast<char*>(packed));
                 if (takes_tiles<Cache>(head_rows, p.head_dim)) {
-                    amx_store_query<Cache>(s.queries + state * p.q_stride, packed, p.layout.lane_rows, p.q_stride);
+                    amx_store_query<Cache>(s.queries + state * p.q_stride, packed, p.lane_rows, p.q_stride);
                     continue;
                 }
                 for (int64_t e = 0; e < elements; ++e) to[e * kRows + i] = packed[e];
@@ -210,14 +214,14 @@ PELTON_APART void softmax_rows(const Problem& p, const TileAddress& at, int64_t 
         PELTON_UNROLL
         for (int v = 0; v < kVecs; ++v) {
             VF x = load(scores + v * kW);
-            if constexpr (Cache::kBytes) x *= as_float(load_u32(scale_at(v)));
+            if constexpr (Cache::kScaled) x *= as_float(load_u32(scale_at(v)));
             if (!kPlain && p.cap != 0.0f) x = tanh(x) * p.cap;
             if (!kPlain && p.slopes) {
                 const float slope = p.slopes[kv_head * p.group + (row + i) % p.group] * kLog2e;
                 x += (lanes + static_cast<float>(begin + v * kW - position)) * slope;
             }
             if (kMasked) x = masked(i, v, x, kMinusInfinity);
-            if (Cache::kBytes || kMasked || !kPlain) store(scores + v * kW, x);
+            if (Cache::kScaled || kMasked || !kPlain) store(scores + v * kW, x);
             maximum = max(maximum, x);
             if constexpr (kInteger) {
                 VF scale = as_float(load_u32(scale_at(v) + at.value_scales));
@@ -250,16 +254,21 @@ PELTON_APART void softmax_rows(const Problem& p, const TileAddress& at, int64_t 
         VF e[kVecs], total = {};
         PELTON_UNROLL
         for (int v = 0; v < kVecs; ++v) e[v] = exp2_nonpositive(load(scores + v * kW) - shift[i]);
-        if constexpr (Cache::kDot && !Cache::kBytes) {
-            total = store_rounded(probabilities, e);
-        } else {
+        if constexpr (Cache::kScaled) {
             PELTON_UNROLL
             for (int v = 0; v < kVecs; ++v) {
                 total += e[v];
-                if constexpr (Cache::kBytes) {
-                    e[v] *= as_float(load_u32(scale_at(v) + at.value_scales));
-                    if (kMasked) e[v] = masked(i, v, e[v], 0.0f);
-                }
+                e[v] *= as_float(load_u32(scale_at(v) + at.value_scales));
+                if (kMasked) e[v] = masked(i, v, e[v], 0.0f);
+            }
+        }
+        if constexpr (Cache::kDot && !Cache::kBytes) {
+            const VF rounded = store_rounded(probabilities, e);
+            if (!Cache::kScaled) total = rounded;
+        } else {
+            PELTON_UNROLL
+            for (int v = 0; v < kVecs; ++v) {
+                if (!Cache::kScaled) total += e[v];
                 if constexpr (kInteger) {
 #if defined(__AVX512VNNI__)
                     VU whole =
@@ -327,10 +336,10 @@ void attend_tile(const Problem& p, const AttentionTile& tile, int64_t kv_head, i
         const int64_t row = tile.row_begin + m, state = base + m;
         const int64_t first = s.positions[state], last = s.positions[state + kRows - 1];
         if (blind(p, first, last, begin, end)) return;
-        next.fetch = m < 2 * kTileRows;  // later rows find what these have fetched
-        if (Cache::kBytes && m == 0) fetch_scales(next);
+        next.fetch = !Cache::kExpanded && m < 2 * kTileRows;  // later rows find what these have fetched
+        if (Cache::kScaled && m == 0) fetch_scales(next);
         score_tile<Cache, kRows>(s.queries + state * p.q_stride, s.factors + state, s.biases + state, at, next,
-                                 p.layout.lane_rows, num_keys, s.scores);
+                                 p.lane_rows, num_keys, s.scores);
         const bool whole = sees_whole(p, first, last, begin, end);
         Seen seen = {nullptr, nullptr, 0, 0, kKeyTile, kKeyTile};
         softmax_of<Cache>(p, whole)(p, at, begin, num_keys, kv_head, row, kRows, s, state);
@@ -347,17 +356,17 @@ void attend_by_tiles(const Problem& p, const AttentionTile& tile, int64_t kv_hea
                      const TileAddress& at, TileAddress next, int64_t begin, int64_t end, AmxTiles& tiles) {
     const int64_t head_rows = tile.row_end - tile.row_begin, height = amx_height(head_rows);
     amx_shape<Cache>(tiles, head_rows);
-    amx_copy_last_keys(at, p.layout.lane_rows, s.amx.keys);
+    amx_copy_last_keys(at, p.lane_rows, s.amx.keys);
     AmxValues values = {{}, -1, -1, false, false};
-    next.fetch = true;
+    next.fetch = !Cache::kExpanded;
     for (int64_t m = 0; m < head_rows; m += height) {
         const int64_t row = tile.row_begin + m, state = base + m;
         const int64_t rows = head_rows - m < height ? head_rows - m : height;
         const int64_t first = s.positions[state], last = s.positions[state + rows - 1];
         if (blind(p, first, last, begin, end)) continue;
-        if (Cache::kBytes && next.fetch) fetch_scales(next);
-        amx_scores<Cache>(s.queries + state * p.q_stride, p.q_stride, s.factors + state, at, next, p.layout.lane_rows,
-                          rows, s.amx, s.scores);
+        if (Cache::kScaled && m == 0) fetch_scales(next);
+        amx_scores<Cache>(s.queries + state * p.q_stride, p.q_stride, s.factors + state, at, next, p.lane_rows, rows,
+                          s.amx, s.scores);
         const bool whole = sees_whole(p, first, last, begin, end);
         softmax_of<Cache>(p, whole)(p, at, begin, end - begin, kv_head, row, rows, s, state);
         amx_values<Cache>(s.probabilities, s.corrections + state, s.units + state, at, next,
@@ -370,8 +379,9 @@ void attend_by_tiles(const Problem& p, const AttentionTile& tile, int64_t kv_hea
 
 template <class Cache>
 PELTON_INLINE void attend_keys(const Problem& p, const AttentionTile& tile, int64_t kv_head, int64_t base,
-                               const Scratch& s, const TileAddress& at, const TileAddress& next, int64_t begin,
-                               int64_t end, [[maybe_unused]] AmxTiles& tiles) {
+                               const Scratch& s, TileAddress at, const TileAddress& next, int64_t begin, int64_t end,
+                               [[maybe_unused]] AmxTiles& tiles) {
+    if (Cache::kExpanded) at = expand_tile(at, next, p.layout.lane_rows, p.layout.padded, s.expanded);
 #if defined(__AMX_TILE__)
     if (takes_tiles<Cache>(tile.row_end - tile.row_begin, p.head_dim)) {
         attend_by_tiles<Cache>(p, tile, kv_head, base, s, at, next, begin, end, tiles);
@@ -457,6 +467,7 @@ Problem problem_of(const Call& call) {
     const float scale = call.floats[kScaleFactor], cap = call.floats[kCap];
     p.slopes = reinterpret_cast<const float*>(call.operands[kSlopes].data);
     p.cache = call.operands[kCache].data;
+    p.lane_rows = ints[kFormat] == kCacheFp8 ? p.head_dim / 2 : p.layout.lane_rows;
     p.cap = cap * kLog2e;
     p.scale = cap != 0.0f ? scale / cap : scale * kLog2e;
     return p;
@@ -496,6 +507,7 @@ void attention_tiles(const Call& call, int64_t first, int64_t end, Worker& worke
     s.highs = reinterpret_cast<int32_t*>(floats(kRowTile));
     s.biases = reinterpret_cast<int32_t*>(floats(kRowTile));
     s.positions = reinterpret_cast<int32_t*>(floats(kRowTile));
+    s.expanded = call.ints[kFormat] == kCacheFp8 ? take(2 * kKeyTile * p.layout.padded * 2) : nullptr;
     s.amx = amx_scratch(at, p.layout.padded);
 
     AmxTiles amx;
@@ -508,6 +520,12 @@ void attention_tiles(const Call& call, int64_t first, int64_t end, Worker& worke
                 break;
             case kCacheInt8:
                 attend<Int8Cache>(p, tiles[i], s, amx);
+                break;
+            case kCacheFp8:
+                attend<Fp8Cache>(p, tiles[i], s, amx);
+                break;
+            case kCacheF16:
+                attend<F16Cache>(p, tiles[i], s, amx);
                 break;
             default:
                 attend<F32Cache>(p, tiles[i], s, amx);

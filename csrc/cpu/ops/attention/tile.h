@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/ops/attention/contract.h"
+#include "cpu/simd_fp8.h"
 #include "cpu/simd_int8.h"
 
 namespace pelton::cpu::PELTON_ISA {
@@ -17,20 +18,27 @@ constexpr bool kByteDot = true;
 constexpr bool kByteDot = false;
 #endif
 
-// kStep: how many dims of a key, or tokens of a value, share a 32-bit lane. kDot: products are taken of whole
-// lanes, so queries and probabilities are packed like the cache: rounded to bf16, or as 16-bit integers in
-// two bytes, each byte in a row of its own. Otherwise they are f32, as is the arithmetic.
+// kLaneBytes: of a lane in the cache. kStep: how many dims of a key, or tokens of a value, share one. kDot: products
+// are taken of whole lanes, so queries and probabilities are packed like the cache: rounded to bf16, or as 16-bit
+// integers in two bytes, each byte in a row of its own. Otherwise they are f32, as is the arithmetic. kScaled: keys and
+// values have scales. kExpanded: tiles are widened to bf16, and what this says is of those.
 struct F32Cache {
-    static constexpr int kStep = 1;
-    static constexpr bool kDot = false, kBytes = false;
+    static constexpr int kLaneBytes = 4, kStep = 1;
+    static constexpr bool kDot = false, kBytes = false, kScaled = false, kExpanded = false;
+};
+struct F16Cache : F32Cache {
+    static constexpr int kLaneBytes = 2;
 };
 struct Bf16Cache {
-    static constexpr int kStep = 2;
-    static constexpr bool kDot = kBf16Dot, kBytes = false;
+    static constexpr int kLaneBytes = 4, kStep = 2;
+    static constexpr bool kDot = kBf16Dot, kBytes = false, kScaled = false, kExpanded = false;
 };
 struct Int8Cache {
-    static constexpr int kStep = 4;
-    static constexpr bool kDot = kByteDot, kBytes = true;
+    static constexpr int kLaneBytes = 4, kStep = 4;
+    static constexpr bool kDot = kByteDot, kBytes = true, kScaled = true, kExpanded = false;
+};
+struct Fp8Cache : Bf16Cache {
+    static constexpr bool kScaled = true, kExpanded = true;
 };
 
 // Bytes of a row of probabilities.
@@ -42,10 +50,16 @@ struct TileAddress {
     bool fetch;  // into the cache, while the tile before it is worked on
     const char* keys[kKeyTile / kTokenGroup];
     const char* values[kKeyTile / kTokenGroup];
-    const char* scales[kKeyTile / kTokenGroup];  // of the keys; int8 only
+    const char* scales[kKeyTile / kTokenGroup];  // of the keys, if there are any
     int64_t value_scales;                        // bytes from there to those of the values
     int64_t key_row;                             // bytes from a lane of a key to the next
 };
+
+template <class Cache>
+PELTON_INLINE VU load_lanes(const char* from) {
+    if constexpr (Cache::kLaneBytes == 2) return as_u32(from_f16(load_u16(from)));
+    return load_u32(from);
+}
 
 // Element i of each lane.
 template <class Cache>
@@ -64,15 +78,54 @@ PELTON_INLINE VF dot_lanes(VF acc, VU row, VU lanes) {
     return acc;
 }
 
+// ---- FP8
+
+// A key tile as bf16, in `to`: once for all rows that attend to it. Fetches the lines of the tile after it.
+PELTON_APART TileAddress expand_tile(const TileAddress& at, const TileAddress& next, int64_t lane_rows, int64_t padded,
+                                     char* to) {
+    constexpr int64_t kTileRow = kKeyTile * 4, kGroupBytes = kTokenGroup * 4;
+    const auto widen_line = [](const char* from, char* first, char* second) {
+        PELTON_UNROLL
+        for (int v = 0; v < 16 / kW; ++v) {
+            const VU quad = load_u32(from + v * kW * 4);
+            store_u32(first + v * kW * 4, fp8_pair(quad, 0));
+            store_u32(second + v * kW * 4, fp8_pair(quad, 1));
+        }
+    };
+    TileAddress expanded = at;
+    expanded.key_row = kTileRow;
+    char* values = to + 2 * lane_rows * kTileRow;
+    const int64_t value_row = padded * 4, value_bytes = kTokenGroup / 4 * value_row;
+    for (int group = 0; group < kKeyTile / kTokenGroup; ++group) {
+        char* keys = to + group * kGroupBytes;
+        expanded.keys[group] = keys;
+        for (int64_t offset = 0; offset < lane_rows * at.key_row; offset += at.key_row, keys += 2 * kTileRow) {
+            __builtin_prefetch(next.keys[group] + offset);
+            widen_line(at.keys[group] + offset, keys, keys + kTileRow);
+        }
+        expanded.values[group] = values;
+        for (int64_t row = 0; row < value_bytes; row += value_row, values += 2 * value_row) {
+            for (int64_t col = 0; col < value_row; col += 64) {
+                __builtin_prefetch(next.values[group] + row + col);
+                widen_line(at.values[group] + row + col, values + col, values + value_row + col);
+            }
+        }
+    }
+    return expanded;
+}
+
 // ---- scores [rows][64] = queries x keys x factors
 
 // Queries lie in 32-bit elements [element][kRows], so that one pointer walks those of a register tile.
 
 // Fetches keys of the tile after this one: processors follow a stream by themselves within a page only, and the
-// next block may lie anywhere.
-PELTON_INLINE void fetch_keys(const TileAddress& next, int64_t offset) {
+// next block may lie anywhere. A group of 16-bit lanes is half a cache line, which it shares with the next lane of the
+// group or with the next group: either way every second one reaches all lines.
+template <class Cache>
+PELTON_INLINE void fetch_keys(const TileAddress& next, int64_t lane, int64_t offset) {
+    constexpr int kStep = 4 / Cache::kLaneBytes;
     PELTON_UNROLL
-    for (int i = 0; i < kKeyTile / kTokenGroup; ++i) __builtin_prefetch(next.keys[i] + offset);
+    for (int i = 0; i < kKeyTile / kTokenGroup; i += kStep) __builtin_prefetch(next.keys[i + lane % kStep] + offset);
 }
 
 PELTON_INLINE void fetch_scales(const TileAddress& next) {
@@ -92,7 +145,7 @@ PELTON_APART void score_tile(const char* q, const float* factors, [[maybe_unused
         PELTON_UNROLL
         for (int v = 0; v < kTileVecs; ++v) {
             const int64_t token = key + v * kW;
-            k[v] = at.keys[token / kTokenGroup] + token % kTokenGroup * 4;
+            k[v] = at.keys[token / kTokenGroup] + token % kTokenGroup * Cache::kLaneBytes;
         }
         if constexpr (Cache::kBytes && Cache::kDot) {
 #if defined(__AVX512VNNI__)
@@ -104,7 +157,7 @@ PELTON_APART void score_tile(const char* q, const float* factors, [[maybe_unused
                     VU lanes[kTileVecs];
                     PELTON_UNROLL
                     for (int v = 0; v < kTileVecs; ++v) lanes[v] = load_u32(k[v] + offset) ^ 0x80808080u;
-                    if (part == 0 && next.fetch) fetch_keys(next, offset);
+                    if (part == 0 && next.fetch) fetch_keys<Cache>(next, d, offset);
                     PELTON_UNROLL
                     for (int m = 0; m < kRows; ++m) {
                         VU quad = splat_u32(pair_at(q + (d * kRows + m) * 4));
@@ -135,8 +188,8 @@ PELTON_APART void score_tile(const char* q, const float* factors, [[maybe_unused
             for (int64_t d = 0; d < lane_rows; ++d, offset += key_row) {
                 VU lanes[kTileVecs];
                 PELTON_UNROLL
-                for (int v = 0; v < kTileVecs; ++v) lanes[v] = load_u32(k[v] + offset);
-                if (key == 0 && next.fetch) fetch_keys(next, offset);
+                for (int v = 0; v < kTileVecs; ++v) lanes[v] = load_lanes<Cache>(k[v] + offset);
+                if (key == 0 && next.fetch) fetch_keys<Cache>(next, d, offset);
                 if constexpr (Cache::kDot) {
                     PELTON_UNROLL
                     for (int m = 0; m < kRows; ++m) {
@@ -230,9 +283,10 @@ PELTON_APART void value_columns(const char* p, const float* corrections, const T
         for (int v = 0; v < kVecs; ++v) acc[m][v] = load(out + m * padded + col + v * kW) * corrections[m];
     }
     constexpr int kStep = Cache::kStep, kBytes = Cache::kDot ? 4 / kStep : 4, kStride = kWeightBytes<Cache>;
-    const int64_t row_bytes = padded * 4;
+    constexpr int kLaneBytes = Cache::kLaneBytes;
+    const int64_t row_bytes = padded * kLaneBytes;
     while (begin < end) {
-        const int64_t group = begin / kTokenGroup, inside = begin % kTokenGroup / kStep * row_bytes + col * 4;
+        const int64_t group = begin / kTokenGroup, inside = begin % kTokenGroup / kStep * row_bytes + col * kLaneBytes;
         const char *w = at.values[group] + inside, *x = p + begin * kBytes;
         const int64_t fetch = next.values[group] - at.values[group];
         const int64_t group_end = group * kTokenGroup + kTokenGroup;
@@ -242,8 +296,8 @@ PELTON_APART void value_columns(const char* p, const float* corrections, const T
             VU lanes[kVecs];
             PELTON_UNROLL
             for (int v = 0; v < kVecs; ++v) {
-                lanes[v] = load_u32(w + v * kW * 4);
-                if (v * kW % 16 == 0 && next.fetch) __builtin_prefetch(w + fetch + v * kW * 4);
+                lanes[v] = load_lanes<Cache>(w + v * kW * kLaneBytes);
+                if (v * kW * kLaneBytes % 64 == 0 && next.fetch) __builtin_prefetch(w + fetch + v * kW * kLaneBytes);
             }
             w += row_bytes;
             PELTON_UNROLL
@@ -271,10 +325,10 @@ PELTON_APART void value_edge(const char* p, const TileAddress& at, int64_t low, 
             mask |= sees ? 0xffffffffu >> (32 - 32 / kStep) << (32 / kStep * i) : 0u;
         }
         if (!mask) continue;
-        const char* w = at.values[j / kTokenGroup] + j % kTokenGroup / kStep * padded * 4;
+        const char* w = at.values[j / kTokenGroup] + j % kTokenGroup / kStep * padded * Cache::kLaneBytes;
         for (int64_t col = 0; col < padded; col += kW) {
             VF acc[1] = {load(out + col)};
-            const VU lanes[1] = {load_u32(w + col * 4)};
+            const VU lanes[1] = {load_lanes<Cache>(w + col * Cache::kLaneBytes)};
             take_keys<Cache>(acc, p + j * kBytes, lanes, mask);
             store(out + col, acc[0]);
         }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/ops/linear/contract.h"
+#include "cpu/simd_fp8.h"
 #include "cpu/simd_int8.h"
 
 namespace pelton::cpu::PELTON_ISA {
@@ -107,9 +108,6 @@ PELTON_INLINE void for_quads(const char* unit, F f) {
 
 // ---- quads as floats
 
-// E4M3 in the upper bits of an f32 has the exponent's bias wrong by 120; subnormals come out right as well.
-PELTON_INLINE VF fp8_to_float(VU byte) { return as_float(((byte & 0x7fu) << 20) | ((byte & 0x80u) << 24)) * 0x1p120f; }
-
 template <class Codes>
 PELTON_INLINE VF code_as_float(VU quad, int i) {  // code i of 4
     const VU byte = i == 3 ? quad >> 24 : (quad >> (8 * i)) & 0xffu;
@@ -125,16 +123,7 @@ template <class Codes>
 PELTON_INLINE VU code_pair(VU quad, int i) {
 #if defined(__AVX512BF16__)
     if constexpr (__is_same(Codes, Fp8Codes)) {
-        // As above in 16-bit lanes. A product with subnormals would count them as zero, so those come from a table.
-        const __m512i c = reinterpret_cast<__m512i>((i ? quad >> 8 : quad) & 0x00ff00ffu);
-        const __m512i magnitude = _mm512_and_si512(c, _mm512_set1_epi16(0x7f));
-        const __m512i table = _mm512_castsi128_si512(
-            _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));  // 0 to 7 times 2^-9
-        __m512i value = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
-        const __mmask32 small = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8));
-        value = _mm512_mask_permutexvar_epi16(value, small, magnitude, table);
-        const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(c, _mm512_set1_epi16(0x80)), 8);
-        return reinterpret_cast<VU>(_mm512_or_si512(value, sign));
+        return fp8_pair(quad, i);
     } else {
         // An integer of at most 8 significant bits as f32 is a bf16 followed by 16 zeros.
         const VU low = i ? (quad >> 8) & 0xffu : quad & 0xffu, high = i ? quad >> 24 : (quad >> 16) & 0xffu;

@@ -1,6 +1,6 @@
 #include "cpu/ops/attention/contract.h"
 #include "cpu/ops/rope/contract.h"
-#include "cpu/simd.h"
+#include "cpu/simd_fp8.h"
 
 namespace pelton::cpu::PELTON_ISA {
 namespace {
@@ -53,10 +53,10 @@ PELTON_INLINE VF part(const float* x, int64_t d, int64_t count) {
     return count - d < kW ? load_n(x + d, count - d) : load(x + d);
 }
 
-// Codes from -127 to 127, to the nearest (even), of numbers in units of the scale, which is returned: the largest
-// magnitude over 127. If a number is not finite all codes are 0 and the scale infinite: nothing finite comes of it.
-template <class F>
-PELTON_INLINE float round_to_bytes(const float* x, int64_t count, F put) {
+// Puts the codes of numbers in units of the scale, which is returned: the largest magnitude over `most`. If a number
+// is not finite all codes are 0 and the scale infinite: nothing finite comes of it.
+template <class R, class F>
+PELTON_INLINE float round_scaled(const float* x, int64_t count, float most, R rounded, F put) {
     VF largest = {}, poison = {};
     int64_t d = 0;
     for (; d < count; d += kW) {
@@ -64,28 +64,39 @@ PELTON_INLINE float round_to_bytes(const float* x, int64_t count, F put) {
         poison += part(x, d, count) * 0.0f;  // a maximum may lose a NaN
     }
     const float size = max_lane(largest) + sum(poison);
-    const float scale = size < __builtin_inff() ? size / 127.0f : __builtin_inff();
-    const bool divide = scale > 0.0f && scale < __builtin_inff();
+    const bool finite = size < __builtin_inff();
+    const float scale = finite ? size / most : __builtin_inff(), unit = scale > 0.0f ? scale : 1.0f;
     for (d = 0; d < count; d += kW) {
-        // Adding 1.5 * 2^23 rounds, and leaves the code in the lowest bits.
-        VF codes = divide ? min(splat(127.0f), max(splat(-127.0f), part(x, d, count) / scale)) : VF{};
-        VF shifted = codes + 12582912.0f;
         int32_t lanes[kW];
-        store_u32(lanes, as_u32(shifted));
+        store_u32(lanes, rounded(finite ? part(x, d, count) / unit : VF{}));
         for (int64_t i = d; i < count && i < d + kW; ++i) put(i, static_cast<int8_t>(lanes[i - d]));
     }
     return scale;
 }
 
+// To the nearest (even) from -127 to 127.
+template <class F>
+PELTON_INLINE float round_to_bytes(const float* x, int64_t count, F put) {
+    // Adding 1.5 * 2^23 rounds, and leaves the code in the lowest bits.
+    const auto rounded = [](VF v) { return as_u32(min(splat(127.0f), max(splat(-127.0f), v)) + 12582912.0f); };
+    return round_scaled(x, count, 127.0f, rounded, put);
+}
+
+template <class F>
+PELTON_INLINE float round_to_fp8(const float* x, int64_t count, F put) {
+    return round_scaled(x, count, 448.0f, [](VF v) { return to_fp8(v); }, put);
+}
+
 void write_slot(const CacheTarget& t, int64_t slot, int64_t head, const float* k, const float* v) {
     const int64_t block = slot / t.block_size, token = slot % t.block_size;
-    const int64_t padded = t.layout.padded, row = t.block_size * 4;  // row: from a lane of a key to the next
+    const int64_t padded = t.layout.padded, lane = t.layout.lane_bytes;
+    const int64_t row = t.block_size * lane;  // from a lane of a key to the next
     char* keys = t.cache + block * t.layout.block_bytes + head * t.layout.head_bytes;
     char* values = keys + t.layout.key_bytes;
-    keys += token * 4;
+    keys += token * lane;
+    uint16_t rounded[kMaxHeadDim + kW];
     if (t.format == kCacheBf16) {
         values += token / 2 * padded * 4 + token % 2 * 2;
-        uint16_t rounded[kMaxHeadDim + kW];
         const auto round_all = [&](const float* x) {
             for (int64_t d = 0; d < t.head_dim; d += kW) store_u16(rounded + d, to_bf16(part(x, d, t.head_dim)));
         };
@@ -108,6 +119,19 @@ void write_slot(const CacheTarget& t, int64_t slot, int64_t head, const float* k
         values += token / 4 * padded * 4 + token % 4;
         scales[0] = round_to_bytes(k, t.head_dim, [&](int64_t d, int8_t code) { keys[d / 4 * row + d % 4] = code; });
         scales[t.block_size] = round_to_bytes(v, t.head_dim, [&](int64_t d, int8_t code) { values[d * 4] = code; });
+    } else if (t.format == kCacheFp8) {
+        const auto swapped = [](int64_t i) { return i % 2 * 2 + i / 2 % 2; };  // the place of number i in its lane
+        float* scales = reinterpret_cast<float*>(values + t.layout.value_bytes) + token;
+        values += token / 4 * padded * 4 + swapped(token % 4);
+        const auto put_key = [&](int64_t d, int8_t code) { keys[d / 4 * row + swapped(d % 4)] = code; };
+        scales[0] = round_to_fp8(k, t.head_dim, put_key);
+        scales[t.block_size] = round_to_fp8(v, t.head_dim, [&](int64_t d, int8_t code) { values[d * 4] = code; });
+    } else if (t.format == kCacheF16) {
+        values += token * padded * 2;
+        for (int64_t d = 0; d < t.head_dim; d += kW) store_u16(rounded + d, to_f16(part(k, d, t.head_dim)));
+        for (int64_t d = 0; d < t.head_dim; ++d) __builtin_memcpy(keys + d * row, rounded + d, 2);
+        for (int64_t d = 0; d < t.head_dim; d += kW) store_u16(rounded + d, to_f16(part(v, d, t.head_dim)));
+        __builtin_memcpy(values, rounded, t.head_dim * 2);
     } else {
         for (int64_t d = 0; d < t.head_dim; ++d) *reinterpret_cast<float*>(keys + d * row) = k[d];
         __builtin_memcpy(values + token * padded * 4, v, t.head_dim * 4);
