@@ -151,7 +151,7 @@ def test_llama_flops_match_the_closed_form() -> None:
 
 
 def test_graph_folder_stays_small() -> None:
-    """The budget of docs/architecture.md: 900 lines, blank ones not counted."""
+    """The budget of docs/architecture.md: 950 lines, blank ones not counted."""
     from pathlib import Path
 
     import pelton.graph
