@@ -174,7 +174,10 @@ def main() -> None:
     from pelton.backends.cpu import _native
 
     async def run() -> Row:
-        options = {"max_num_seqs": 12, "kv_cache_dtype": "int8", "num_speculative_tokens": asked.num_speculative_tokens}
+        options = {
+            "max_num_seqs": 12, "kv_cache_dtype": "int8", "async_scheduling": True,
+            "num_speculative_tokens": asked.num_speculative_tokens,
+        }  # fmt: skip
         async with AsyncLLM(max_model_len=512, kv_cache_memory=KV_TOKENS * 12_240, **options) as llm:
             return await soak(llm, asked.minutes, asked.seed)
 

@@ -224,7 +224,7 @@ class EngineConfig:
     num_speculative_tokens: int = 0  # longest draft; 0: no speculation, or 4 if there is a speculative_model
     speculative_model: str | None = None  # makes the drafts; None: they are guessed from the text so far
     speculative_quantization: Quantization | None = None  # of the speculative model; as ``quantization``
-    async_scheduling: bool = True  # decide on a step of decodes while the one before it runs
+    async_scheduling: bool = False  # decide on a step while one runs: for devices that leave the CPU's cores alone
     enable_lora: bool = False  # adapters at run time; costs a little even while no request uses one
     max_loras: int = 4  # adapters in memory at once; their room is taken at the start
     max_lora_rank: int = 16  # of an adapter; the room of all grows with it

@@ -47,7 +47,7 @@ def alone() -> list[list[int]]:
     [
         {},
         {"enable_prefix_caching": False},
-        {"async_scheduling": False},
+        {"async_scheduling": True},
         {"max_num_batched_tokens": 7, "max_num_seqs": 5},
         {"max_num_seqs": 2},
         {"batching": "static"},

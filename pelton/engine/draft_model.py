@@ -90,9 +90,16 @@ class DraftModel:
         if steps and longest <= 2:  # nothing to catch up with
             self.seconds = (time.perf_counter() - start) / steps
         sequences = list(planned.batch.sequences)
+        missing = 0
         for row in rows:
             sequences[row.index] = self._with_draft(row)
-        return replace(planned, batch=replace(planned.batch, sequences=tuple(sequences)))
+            missing += row.scheduled.num_drafts - sequences[row.index].num_drafts
+        return replace(
+            planned,
+            batch=replace(planned.batch, sequences=tuple(sequences)),
+            num_tokens=planned.num_tokens - missing,
+            decode_tokens=planned.decode_tokens - missing,
+        )
 
     def _progress_of(self, sequence: Sequence) -> _Progress:
         progress: _Progress | None = sequence.draft_progress

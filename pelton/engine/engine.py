@@ -374,12 +374,13 @@ class LLMEngine:
         now = self._clock()
         planned, batch = flight.planned, flight.planned.batch
         num_tokens = num_first = 0
+        block_size = self._state.block_size
         for index, (sequence, scheduled, sampled) in enumerate(
             zip(planned.sequences, batch.sequences, output.tokens, strict=True)
         ):
             if sequence.status is Status.FINISHED:
                 continue  # when this step was on its way
-            failure = output.failures.get(index)
+            failure = output.failures.get(index) if output.failures else None
             if scheduled.targets and failure is None:
                 sequence.prompt_logprobs += output.targets[index]
             if not sampled and failure is None:
@@ -414,7 +415,7 @@ class LLMEngine:
                 result.metrics = sequence.metrics()
             elif scheduled.num_drafts or self._draft_model is not None:  # which may have said less than was scheduled
                 self._settle(sequence, scheduled, now)
-            elif following is not None:
+            elif following is not None and not len(sequence.token_ids) % block_size:
                 following.planned.promised.extend(self._state.remember_last(sequence, now))
         if following is not None:
             self._stats.steps_ahead += 1
@@ -545,20 +546,15 @@ class LLMEngine:
     def _account(self, planned: Schedule, step: StepStats, now: float, num_output_tokens: int, num_first: int) -> None:
         """``num_first``: how many of the tokens were the first of their request."""
         state = self._state
-        num_decodes = decode_tokens = 0
-        for s in planned.batch.sequences:
-            if s.sample is not None and len(s.token_ids) - s.num_drafts == 1:
-                num_decodes += 1
-                decode_tokens += len(s.token_ids)
         # A recomputed sequence counts as a prefill, and so does a prompt of one token.
-        decodes = not num_first and num_decodes == len(planned.sequences)
+        decodes = not num_first and planned.num_decodes == len(planned.sequences)
         record = StepRecord(
             time=now,
             seconds=step.seconds,
-            num_prefills=len(planned.sequences) - num_decodes,
-            num_decodes=num_decodes,
-            prefill_tokens=planned.batch.num_tokens - decode_tokens,
-            decode_tokens=decode_tokens,
+            num_prefills=len(planned.sequences) - planned.num_decodes,
+            num_decodes=planned.num_decodes,
+            prefill_tokens=planned.num_tokens - planned.decode_tokens,
+            decode_tokens=planned.decode_tokens,
             output_tokens=num_output_tokens,
             cached_tokens=planned.num_cached_tokens,
             num_preempted=len(planned.preempted),

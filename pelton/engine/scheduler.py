@@ -55,10 +55,11 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """One step. ``sequences[i]`` is the sequence behind ``batch.sequences[i]``.
+    """One step. ``sequences[i]`` is the sequence behind ``batch.sequences[i]``; those that decode come first.
 
     promised: blocks that others may find from now on, though only the step will fill them. num_cached_tokens: of the
-    prompts that are admitted, found in the prefix cache.
+    prompts that are admitted, found in the prefix cache. num_tokens: of the step. num_decodes, decode_tokens: sequences
+    that decode, and their tokens, drafts included.
     """
 
     batch: Batch
@@ -66,6 +67,9 @@ class Schedule:
     preempted: tuple[Sequence, ...] = ()
     promised: list[int] = field(default_factory=list)
     num_cached_tokens: int = 0
+    num_tokens: int = 0
+    num_decodes: int = 0
+    decode_tokens: int = 0
 
 
 class SchedulerState:
@@ -267,8 +271,21 @@ class _Step:
         self.promised: list[int] = []
         self.num_extra_logits = 0  # rows, beyond one for each running sequence
         self.num_cached_tokens = 0
+        self.num_decodes = self.decode_tokens = 0
         self.first_admitted = 0  # of ``scheduled``
         self.copies: list[tuple[int, int]] = []
+
+    def result(self, preempted: tuple[Sequence, ...]) -> Schedule:
+        return Schedule(
+            Batch(tuple(self.scheduled), tuple(self.copies)),
+            tuple(self.sequences),
+            preempted,
+            self.promised,
+            self.num_cached_tokens,
+            self.policy.max_num_batched_tokens - self.tokens_left,
+            self.num_decodes,
+            self.decode_tokens,
+        )
 
     def decodes(self) -> list[Sequence]:
         """Schedule all sequences that decode; those that prefill."""
@@ -298,16 +315,11 @@ class _Step:
             if sequence.draft:
                 drafted.append(sequence)
                 continue
-            scheduled.append(
-                ScheduledSequence(
-                    sequence.request.request_id,
-                    (PENDING if pending else token_ids[-1],),
-                    computed,
-                    sequence.block_ids,
-                    sequence.sample_spec,
-                    adapter=sequence.adapter_slot,
-                )
+            token_id = PENDING if pending else token_ids[-1]
+            decode = ScheduledSequence(
+                sequence.request.request_id, (token_id,), computed, sequence.block_ids, sequence.sample_spec
             )
+            scheduled.append(decode if not sequence.adapter_slot else decode._replace(adapter=sequence.adapter_slot))
             sequences.append(sequence)
             sequence.num_pending = pending + 1
             sequence.num_computed_tokens = computed = computed + 1
@@ -317,6 +329,8 @@ class _Step:
         for sequence in drafted:
             if sequence.status is Status.RUNNING:
                 self._decode_with_draft(sequence)
+        self.num_decodes = len(self.scheduled)
+        self.decode_tokens = self.policy.max_num_batched_tokens - self.tokens_left
         return prefills
 
     def _decode_with_draft(self, sequence: Sequence) -> None:
@@ -511,9 +525,7 @@ def schedule(state: SchedulerState, policy: Policy, now: float, *, flush: bool =
         state.preempt(displaced[-1])
         step = _compose(state, policy, now)
         displaced += step.displaced
-    batch = Batch(tuple(step.scheduled), tuple(step.copies))
-    preempted = (*displaced, *step.preempted)
-    return Schedule(batch, tuple(step.sequences), preempted, step.promised, step.num_cached_tokens)
+    return step.result((*displaced, *step.preempted))
 
 
 def _compose(state: SchedulerState, policy: Policy, now: float) -> _Step:
@@ -533,17 +545,18 @@ def schedule_ahead(state: SchedulerState, policy: Policy, now: float) -> Schedul
     """The step after the one that runs; None if that cannot be decided before the one that runs is collected."""
     if state.waiting:
         return None
-    needed = 0  # blocks
-    for sequence in state.running.values():
-        if sequence.search is not None:
-            return None  # its next token is chosen by comparison with others
-        computed = sequence.num_computed_tokens
-        if not sequence.num_pending or len(sequence.token_ids) + sequence.num_pending - computed != 1:
-            return None  # a prompt: what comes in beside such a long step shall not wait for one more
-        needed += computed >= len(sequence.block_ids) * state.block_size
-    if needed > state.blocks.num_free:
-        return None
+    running = state.running.values()
+    for sequence in running:
+        # Without a token on its way it computes a prompt: what comes in beside such a long step shall not wait for one
+        # more. And the next token of a beam is chosen by comparison with others.
+        if not sequence.num_pending or sequence.search is not None:
+            return None
+    if state.blocks.num_free < len(running):
+        block_size = state.block_size
+        needed = sum(s.num_computed_tokens >= len(s.block_ids) * block_size for s in running)
+        if needed > state.blocks.num_free:
+            return None
     state.blocks.expire(now)
     step = _Step(state, policy, now)
     step.decodes()
-    return Schedule(Batch(tuple(step.scheduled)), tuple(step.sequences), (), step.promised) if step.scheduled else None
+    return step.result(()) if step.scheduled else None
