@@ -15,7 +15,7 @@ Writes benchmarks/results/engine-NAME.json and the same as Markdown; with --part
 otherwise idle machine. Needs the extras demo and bench.
 
 Examples:
-  python -m benchmarks.engine                       # all of it, some ten minutes
+  python -m benchmarks.engine                       # all of it, some twenty minutes
   python -m benchmarks.engine --parts speculation --rounds 5
 """
 
@@ -64,12 +64,9 @@ def bf16_folder() -> Iterator[str]:
 
 
 def batching(rounds: int) -> list[Row]:
-    """ShareGPT's lengths, 16 and 32 sequences at once, all requests there from the start."""
+    """ShareGPT's lengths, 32 sequences at once, all requests there from the start."""
     with bf16_folder() as folder:
-        return [
-            row for name, model in (("bf16", folder), ("Q4_1", "")) for seats in (32, 16)
-            for row in _batching(rounds, name, model, seats)
-        ]  # fmt: skip
+        return [row for name, model in (("bf16", folder), ("Q4_1", "")) for row in _batching(rounds, name, model, 32)]
 
 
 def _batching(rounds: int, name: str, model: str, seats: int) -> list[Row]:
