@@ -153,7 +153,8 @@ def plot(result: Row, file: Path) -> None:
     seconds = [row["seconds"] for row in samples]
     figure, (memory, load) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 5), layout="constrained")
     memory.plot(seconds, [row["rss_mib"] for row in samples], color="#0b5394")
-    memory.set(ylabel="memory, MiB", ylim=(0, None), title="Soak at the memory limit")
+    top = 1.2 * max(row["rss_mib"] for row in samples)
+    memory.set(ylabel="memory, MiB", ylim=(0, top), title="Soak at the memory limit")
     load.plot(seconds, [row["running"] for row in samples], label="running", color="#0b5394")
     load.plot(seconds, [row["waiting"] for row in samples], label="waiting", color="#b45f06")
     load.set(ylabel="requests", xlabel="seconds")
