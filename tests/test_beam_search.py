@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -73,6 +74,22 @@ def test_in_company_and_with_little_memory():
             assert [found(output) for output in together[:5]] == expected
             assert [list(output.outputs[0].token_ids) for output in together[5:]] == alone()
             llm.engine.check()
+
+
+def test_with_log_probabilities():
+    params = replace(BEAMS, n=2, max_tokens=6, logprobs=1, prompt_logprobs=1)
+    with LLM(max_model_len=512) as llm:
+        output, again = llm.generate([PROMPTS[0], PROMPTS[0]], params)
+        (expected,) = llm.generate(PROMPTS[0], replace(BEAMS, n=2, max_tokens=6))
+        (scored,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=1, prompt_logprobs=1))
+    assert found(output) == found(again) == found(expected)
+    assert output.prompt_logprobs == scored.prompt_logprobs
+    for answer in output.outputs:
+        assert [next(iter(entry)) for entry in answer.logprobs] == list(answer.token_ids)
+        assert all(len(entry) in (1, 2) for entry in answer.logprobs)
+        total = sum(entry[token] for token, entry in zip(answer.token_ids, answer.logprobs, strict=True))
+        assert answer.cumulative_logprob == pytest.approx(total)
+    assert output.outputs[0].cumulative_logprob > output.outputs[1].cumulative_logprob
 
 
 def test_from_an_event_loop():

@@ -175,10 +175,11 @@ class Sequence:
         self.token_times.append(now)
 
     def copy_output(self, other: Sequence) -> None:
-        """Take over all tokens of another sequence with the same prompt."""
+        """Take over all tokens of another sequence with the same prompt, and what is known of that."""
         self.token_ids[:] = other.token_ids
         self.output_token_ids[:] = other.output_token_ids
         self.token_times[:] = other.token_times
+        self.prompt_logprobs = other.prompt_logprobs
         self.num_cached_tokens, self.first_scheduled_time = other.num_cached_tokens, other.first_scheduled_time
 
     def keys(self, block_size: int) -> list[Key]:

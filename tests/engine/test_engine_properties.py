@@ -259,7 +259,10 @@ def course(seed: int) -> int:
         width, seed = 1 + draw(4), draw(1000)
         kind = draw(3)
         if kind == 0:
-            params = SamplingParams(use_beam_search=True, n=1 + draw(width), best_of=width, max_tokens=1 + draw(11))
+            params = SamplingParams(
+                use_beam_search=True, n=1 + draw(width), best_of=width, max_tokens=1 + draw(11),
+                prompt_logprobs=draw(2) or None,
+            )  # fmt: skip
         elif kind == 1:
             params = SamplingParams(n=width, seed=seed, max_tokens=1 + draw(11))
         else:
