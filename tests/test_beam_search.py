@@ -169,6 +169,16 @@ def test_a_search_ends_with_the_first_answer_that_is_aborted_or_fails():
     assert set(finish(engine)) == {"a.0", "a.1"}
 
 
+def test_every_answer_ends_even_if_there_are_not_as_many():
+    executor = FakeExecutor(vocab_size=2, sampler=HostSampler())
+    engine = LLMEngine(executor, max_num_seqs=4, max_num_batched_tokens=8, eos_token_ids=frozenset(), vocab_size=2)
+    ids = engine.add_request("a", [1, 0], SamplingParams(use_beam_search=True, n=4, max_tokens=1))
+    outputs = engine.step()
+    assert tuple(output.request_id for output in outputs) == ids
+    assert [output.finish_reason for output in outputs] == ["length", "length", "error", "error"]
+    assert not engine.has_unfinished
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

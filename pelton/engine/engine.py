@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -433,8 +433,7 @@ class LLMEngine:
         """What a step brought to a beam. It goes on when all of its search have got as far."""
         if following is None:
             for request_id in self._searches.end(search, "error", failure):
-                metrics = sequence.metrics()
-                self._ready.append(EngineOutput(request_id, sequence, (), (), "error", failure, metrics))
+                self._end_without_tokens(request_id, sequence, "error", failure)
         elif self._searches.take(search, sequence, following, now):
             self._hand_out(search)
 
@@ -444,7 +443,12 @@ class LLMEngine:
         prompt_len = len(root.request.prompt_token_ids)
         self._stats.prompt_tokens += prompt_len
         self._stats.cached_tokens += root.num_cached_tokens
-        for request_id, best in zip(self._searches.end(search, "stop"), search.ended, strict=False):
+        ids = self._searches.end(search, "stop")
+        for request_id, best in zip_longest(ids, search.ended[: len(ids)]):
+            if best is None:
+                why = "the search found fewer answers than were asked for"
+                self._end_without_tokens(request_id, root, "error", why)
+                continue
             metrics = replace(root.metrics(), token_times=best.token_times)
             tokens, ended_by = best.token_ids, best.finish_reason
             reason = self._stop_reason(root.request, tokens[-1]) if ended_by == "stop" else None
@@ -522,11 +526,15 @@ class LLMEngine:
         if search is not None:
             if self._searches.get(search.answer_ids[0]) is search:
                 for request_id in self._searches.end(search, "timeout"):
-                    ended = EngineOutput(request_id, sequence, (), (), "timeout", None, sequence.metrics())
-                    self._ready.append(ended)
+                    self._end_without_tokens(request_id, sequence, "timeout")
         elif sequence.status is not Status.FINISHED:
             self._state.remove(sequence, "timeout")
-            self._ready.append(EngineOutput(sequence.request_id, sequence, (), (), "timeout", None, sequence.metrics()))
+            self._end_without_tokens(sequence.request_id, sequence, "timeout")
+
+    def _end_without_tokens(
+        self, request_id: str, sequence: Sequence, reason: FinishReason, why: str | None = None
+    ) -> None:
+        self._ready.append(EngineOutput(request_id, sequence, (), (), reason, why, sequence.metrics()))
 
     def _ends(self, sequence: Sequence, token_id: int) -> bool:
         """Finish the sequence if its new token is the last one."""
