@@ -147,27 +147,35 @@ def speculation(rounds: int) -> list[Row]:
     with LLM(max_model_len=2048) as off, LLM(max_model_len=2048, num_speculative_tokens=4) as on:
         for name, prompt in tasks.items():
             for count in (1, 8):
-                tpot: dict[bool, list[float]] = {False: [], True: []}
-                before = on.get_stats()
-                for _ in range(rounds):
-                    tokens = []
-                    for speculates, llm in ((False, off), (True, on)):
-                        outputs = llm.generate([prompt] * count, params)
-                        tpot[speculates].append(
-                            statistics.mean(o.metrics.tpot for o in outputs if o.metrics and o.metrics.tpot)
-                        )
-                        tokens.append([list(o.outputs[0].token_ids) for o in outputs])
-                    assert tokens[0] == tokens[1]
-                after = on.get_stats()
-                drafts = after.draft_tokens - before.draft_tokens
-                rows.append({
-                    "what": f"{name}, {count} at once",
-                    "tpot_ms_without": spread([1e3 * t for t in tpot[False]]),
-                    "tpot_ms_with": spread([1e3 * t for t in tpot[True]]),
-                    "speedup": ratios(tpot[False], tpot[True]),
-                    "accepted": (after.accepted_tokens - before.accepted_tokens) / max(drafts, 1),
-                })  # fmt: skip
+                rows.append(with_and_without(f"{name}, {count} at once", off, on, [[prompt] * count], params, rounds))
     return rows
+
+
+def with_and_without(
+    what: str, off: LLM, on: LLM, batches: list[list[str]], params: SamplingParams, rounds: int
+) -> Row:
+    """TPOT of a model with drafts beside that of one without, which must say the same."""
+    tpot: dict[bool, list[float]] = {False: [], True: []}
+    before = on.get_stats()
+    for _ in range(rounds):
+        for prompts in batches:
+            tokens = []
+            for speculates, llm in ((False, off), (True, on)):
+                outputs = llm.generate(prompts, params)
+                tpot[speculates].append(
+                    statistics.mean(o.metrics.tpot for o in outputs if o.metrics and o.metrics.tpot)
+                )
+                tokens.append([list(o.outputs[0].token_ids) for o in outputs])
+            assert tokens[0] == tokens[1]
+    after = on.get_stats()
+    drafts = after.draft_tokens - before.draft_tokens
+    return {
+        "what": what,
+        "tpot_ms_without": spread([1e3 * t for t in tpot[False]]),
+        "tpot_ms_with": spread([1e3 * t for t in tpot[True]]),
+        "speedup": ratios(tpot[False], tpot[True]),
+        "accepted": (after.accepted_tokens - before.accepted_tokens) / max(drafts, 1),
+    }
 
 
 def draft_model(rounds: int) -> list[Row]:
@@ -182,27 +190,9 @@ def draft_model(rounds: int) -> list[Row]:
         ):
             for temperature, count in ((0.0, 1), (1.0, 1), (0.0, 3)):
                 params = SamplingParams(temperature=temperature, seed=1, max_tokens=128, ignore_eos=True)
-                tpot: dict[bool, list[float]] = {False: [], True: []}
-                before = on.get_stats()
-                for _ in range(rounds):
-                    for chosen in [prompts[i : i + count] for i in range(0, 3, count)]:
-                        tokens = []
-                        for speculates, llm in ((False, off), (True, on)):
-                            outputs = llm.generate(chosen, params)
-                            tpot[speculates].append(
-                                statistics.mean(o.metrics.tpot for o in outputs if o.metrics and o.metrics.tpot)
-                            )
-                            tokens.append([list(o.outputs[0].token_ids) for o in outputs])
-                        assert tokens[0] == tokens[1]
-                after = on.get_stats()
-                rows.append({
-                    "what": f"f32 with drafts of its Q4_1, temperature {temperature:g}, {count} at once",
-                    "tpot_ms_without": spread([1e3 * t for t in tpot[False]]),
-                    "tpot_ms_with": spread([1e3 * t for t in tpot[True]]),
-                    "speedup": ratios(tpot[False], tpot[True]),
-                    "accepted": (after.accepted_tokens - before.accepted_tokens)
-                    / max(after.draft_tokens - before.draft_tokens, 1),
-                })  # fmt: skip
+                batches = [prompts[i : i + count] for i in range(0, 3, count)]
+                what = f"f32 with drafts of its Q4_1, temperature {temperature:g}, {count} at once"
+                rows.append(with_and_without(what, off, on, batches, params, rounds))
     return rows
 
 

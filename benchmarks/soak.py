@@ -182,10 +182,11 @@ def main() -> None:
         async with AsyncLLM(max_model_len=512, kv_cache_memory=KV_TOKENS * 12_240, **options) as llm:
             return await soak(llm, asked.minutes, asked.seed)
 
-    result = asyncio.run(run())
     cpu = str(_native.cpu_features()["model_name"])
+    where = {"cpu": cpu, "processes": os.cpu_count(), **machine(), **commit()}  # before: somebody may commit meanwhile
+    result = asyncio.run(run())
     result |= {"growth_mib_per_minute": round(growth(result["samples"]), 3), "minutes": asked.minutes}
-    result["machine"] = {"cpu": cpu, "processes": os.cpu_count(), **machine(), **commit()}
+    result["machine"] = where
     name = "soak-" + "-".join(cpu.lower().split())
     (asked.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(result, asked.output / f"{name}.png")

@@ -108,13 +108,11 @@ class SpeculationControl:
 
     def draft_took(self, num_sequences: int, seconds: float) -> None:
         """A draft model took that long for one token of each sequence."""
-        before = self._draft_seconds.get(num_sequences)
-        self._draft_seconds[num_sequences] = seconds if before is None else before + _NEWEST * (seconds - before)
+        _learn(self._draft_seconds, num_sequences, seconds)
 
     def took(self, num_tokens: int, seconds: float) -> None:
         """A step that only decoded took that long."""
-        before = self._seconds.get(num_tokens)
-        self._seconds[num_tokens] = seconds if before is None else before + _NEWEST * (seconds - before)
+        _learn(self._seconds, num_tokens, seconds)
 
     def judged(self, num_drafts: int, num_accepted: int) -> None:
         """Of a draft, the first ``num_accepted`` tokens were right."""
@@ -123,6 +121,12 @@ class SpeculationControl:
         tried = num_accepted + (num_accepted < num_drafts)  # what comes after a wrong one says nothing
         for i in range(tried):
             self._acceptance += _NEWEST * 0.2 * ((i < num_accepted) - self._acceptance)
+
+
+def _learn(means: dict[int, float], key: int, value: float) -> None:
+    """Move a running mean towards a new value."""
+    before = means.setdefault(key, value)
+    means[key] = before + _NEWEST * (value - before)
 
 
 def _expected(acceptance: float, length: int) -> float:
