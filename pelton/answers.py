@@ -150,7 +150,7 @@ def answers_for(
     Raises:
         RequestError: stop strings or bad words without a tokenizer.
     """
-    from .engine.request import derive_seed
+    from .engine.request import answer_ids, derive_seed
     from .text.detokenize import StopStrings
 
     if params.stop and tokenizer is None:
@@ -162,7 +162,7 @@ def answers_for(
         params = replace(params, logprobs=0)
     output = RequestOutput(request_id, given.text, given.token_ids, [CompletionOutput(i) for i in range(count)])
     answers = []
-    for i, completion in enumerate(output.outputs):
+    for i, (completion, sequence_id) in enumerate(zip(output.outputs, answer_ids(request_id, count), strict=True)):
         one = params if count == 1 else replace(params, n=1, best_of=None)
         if i and params.seed is not None:
             one = replace(one, seed=derive_seed(params.seed, i))
@@ -170,7 +170,7 @@ def answers_for(
             one = replace(one, prompt_logprobs=None)
         answers.append(
             Answer(
-                request_id if count == 1 else f"{request_id}.{i}",
+                sequence_id,
                 output,
                 completion,
                 asked,

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 from ..config import SamplingParams
 from ..errors import PeltonError, RequestError
-from .beam_search import answer_ids
 from .engine import EngineOutput, LLMEngine
+from .request import answer_ids
 from .stats import EngineStats
 
 _T = TypeVar("_T")
@@ -79,7 +79,8 @@ class AsyncEngine:
         try:
             ids = self._engine.add_request(request_id, prompt, params, **options)
         except RequestError as error:  # its adapter was removed in the meantime
-            self._on_failure(list(answer_ids(request_id, params)), error)
+            ids = answer_ids(request_id, params.n if params.use_beam_search else 1)
+            self._on_failure(list(ids), error)
             return
         self._unfinished.update(ids)
 

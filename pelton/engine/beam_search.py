@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from ..config import SamplingParams
 from ..outputs import Logprob
 from .request import FinishReason, Request, Sequence
 from .scheduler import SchedulerState
@@ -192,13 +191,6 @@ class BeamSearches:
         for request_id in search.answer_ids:
             del self._searches[request_id]
         return search.answer_ids
-
-
-def answer_ids(request_id: str, params: SamplingParams) -> tuple[str, ...]:
-    """Under which ids a request is answered: its own, or with the number of each answer in a search for n."""
-    if not params.use_beam_search or params.n == 1:
-        return (request_id,)
-    return tuple(f"{request_id}.{i}" for i in range(params.n))
 
 
 def _with_first(entries: Mapping[int, Logprob], token_id: int) -> dict[int, Logprob]:

@@ -21,12 +21,12 @@ from ..errors import RequestError
 from ..metrics import RequestMetrics
 from ..outputs import Logprob
 from .adapters import Adapters
-from .beam_search import BeamSearch, BeamSearches, answer_ids
+from .beam_search import BeamSearch, BeamSearches
 from .draft_model import DraftModel
 from .limits import Limits
 from .prefix_cache import CachePolicy, keys_of
 from .prefix_file import PrefixFileError, read_prefix, write_prefix
-from .request import FinishReason, Request, Sequence, Status, derive_seed
+from .request import FinishReason, Request, Sequence, Status, answer_ids, derive_seed
 from .scheduler import Batching, CapacityPolicy, Policy, Schedule, SchedulerState, schedule, schedule_ahead
 from .speculation import NgramProposer, SpeculationControl, max_num_logits
 from .stats import EngineStats, StepRecord
@@ -191,7 +191,8 @@ class LLMEngine:
         if self.is_unfinished(request_id):
             raise RequestError(f"request id {request_id!r} is in use", "choose another one")
         max_total_tokens = self.validate(prompt, params)
-        ids, width, num_top = answer_ids(request_id, params), params.best_of or params.n, params.logprobs
+        ids = answer_ids(request_id, params.n if params.use_beam_search else 1)
+        width, num_top = params.best_of or params.n, params.logprobs
         if params.use_beam_search:
             top = min(2 * width, self._vocab_size)
             params = replace(params, n=1, best_of=None, temperature=0.0, logprobs=top)

@@ -198,6 +198,11 @@ class Sequence:
         )
 
 
+def answer_ids(request_id: str, count: int) -> tuple[str, ...]:
+    """Under which ids the answers of a request come: its own, or that and the number of each if they are several."""
+    return (request_id,) if count == 1 else tuple(f"{request_id}.{i}" for i in range(count))
+
+
 def derive_seed(seed: int, index: int) -> int:
     """An independent 64-bit seed for the ``index``-th thing under ``seed`` (SplitMix64's finalizer)."""
     mask = 2**64 - 1
