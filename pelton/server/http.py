@@ -138,7 +138,7 @@ class Connection(HttpToolsProtocol):
             self.on_writable()
 
     def write_chunk(self, data: bytes) -> None:
-        """Send a chunk of a chunked response now."""
+        """Send a chunk of a chunked response."""
         self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def _head_came(self) -> None:
@@ -159,6 +159,23 @@ class Gate:
         self.draining = False
         self._keys = [key.encode() for key in config.api_keys]
         self._active: dict[_Exchange, None] = {}
+        self._to_write: list[tuple[Connection, bytes]] = []
+
+    def write_soon(self, connection: Connection, data: bytes) -> None:
+        """Send a chunk in the event loop's next turn, together with those of other connections.
+
+        A step has tokens for all of them, and a reader that wakes up in between costs more than the write itself.
+        """
+        if not self._to_write:
+            asyncio.get_running_loop().call_soon(self.flush)
+        self._to_write.append((connection, data))
+
+    def flush(self) -> None:
+        """Send now what :meth:`write_soon` was given."""
+        ready, self._to_write = self._to_write, []
+        for connection, data in ready:
+            if not connection.transport.is_closing():  # whoever has left must not take others' tokens along
+                connection.write_chunk(data)
 
     @property
     def num_active(self) -> int:
@@ -355,7 +372,7 @@ class _Exchange:
             stream.close(error)
 
     async def _write_tokens(self, stream: TokenStream, connection: Connection) -> None:
-        """Write each piece where it comes in, past ASGI, whose messages take a task's turn each."""
+        """Write each piece in the turn in which it comes in, past ASGI, whose messages take a task's turn each."""
         over = asyncio.get_running_loop().create_future()
 
         def write() -> None:
@@ -367,7 +384,7 @@ class _Exchange:
             self.waiting_since = None
             try:
                 if data := stream.take():
-                    connection.write_chunk(data)
+                    self._gate.write_soon(connection, data)
                 if stream.ended:
                     over.set_result(None)
             except Exception as error:
@@ -379,6 +396,7 @@ class _Exchange:
             await over
         finally:
             connection.on_writable = None
+            self._gate.flush()  # before what goes through ASGI again
 
     async def _stream(self, events: AsyncIterator[bytes], context: Context) -> None:
         async with contextlib.aclosing(events):  # type: ignore[type-var]

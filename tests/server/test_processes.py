@@ -228,6 +228,7 @@ def test_two_of_each() -> None:
         until(lambda: all(values(server, "pelton:num_requests_running").values()))
         victim = of_kind(server, "engine")[0]
         os.kill(victim, signal.SIGKILL)
+        until(lambda: victim not in of_kind(server, "engine"))  # until then it may be sent requests, which are lost
         assert server.ask("/ready").status == 200 and server.ask("/health").status == 200
         for _ in range(4):
             assert server.ask("/v1/completions", SHORT).status == 200

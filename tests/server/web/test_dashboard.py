@@ -106,11 +106,12 @@ def test_numbers_that_are_missing_are_named(dashboard: DashboardPage, api: FakeA
 def test_tables_say_what_the_charts_show(live: DashboardPage, feed: list[dict[str, Any]]) -> None:
     page = live.page
     page.locator("#load summary").click()
+    expect(page.locator("#load tbody tr").first).to_be_visible()  # the table is drawn at the next frame
     first = page.locator("#load tbody tr").first.locator("td").all_inner_texts()
     assert first == [str(feed[-1]["running"]), str(feed[-1]["waiting"])]
     page.locator("#requests summary").click()
     rows = page.locator("#requests tbody tr")
-    assert rows.count() == 20
+    expect(rows).to_have_count(20)
     ids = [request["id"] for request in sorted(feed[-1]["requests"], key=lambda request: -request["arrived"])]
     assert ids[0] == rows.first.locator("th").inner_text()
 
