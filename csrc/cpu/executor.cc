@@ -1,11 +1,8 @@
 #include "cpu/executor.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 
 #include "cpu/registry.h"
@@ -20,20 +17,6 @@ double seconds_now() {
 constexpr int kMaxThreads = 1024;  // far above any machine; guards against a negative or wild number
 
 }  // namespace
-
-Mapping::Mapping(int64_t bytes) : bytes_(bytes) {
-    if (bytes == 0) return;
-    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-    madvise(p, bytes, MADV_HUGEPAGE);  // fewer TLB misses; a refusal does no harm
-#endif
-    data_ = static_cast<char*>(p);
-}
-
-Mapping::~Mapping() {
-    if (data_) munmap(data_, bytes_);
-}
 
 void Executor::Share::reset(int64_t begin, int64_t end) { bounds_.store(pack(begin, end), std::memory_order_relaxed); }
 
@@ -59,8 +42,9 @@ Executor::Executor(const std::string& isa, int threads, int64_t arena_bytes)
 }
 
 Executor::~Executor() {
+    if (!pool_.in_own_process()) prefault_.release();  // after a fork there is no thread to join
     if (!driver_.joinable()) return;
-    if (!pool_.in_own_process()) {  // after a fork there is nothing to join
+    if (!pool_.in_own_process()) {
         new std::thread(std::move(driver_));
         return;
     }
@@ -92,6 +76,15 @@ int Executor::add_cache(int64_t bytes) {
     caches_.push_back(std::make_shared<Mapping>(bytes));
     pool_.placement().interleave(caches_.back()->data(), bytes);  // a block may be anybody's
     return static_cast<int>(caches_.size()) - 1;
+}
+
+void Executor::prefault_caches(int64_t num_blocks) {
+    if (prefault_ || num_blocks < 1) throw std::invalid_argument("prefault_caches once, for one block or more");
+    prefault_ = std::make_unique<Prefault>(caches_, num_blocks);
+}
+
+void Executor::use_block(int64_t block) {
+    if (prefault_ && pool_.in_own_process()) prefault_->use(block);
 }
 
 std::shared_ptr<Mapping> Executor::cache(int64_t index) const {

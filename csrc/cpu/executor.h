@@ -9,24 +9,11 @@
 #include <vector>
 
 #include "cpu/contract.h"
+#include "cpu/mapping.h"
+#include "cpu/prefault.h"
 #include "cpu/threads.h"
 
 namespace pelton::cpu {
-
-// Zeroed, page-aligned memory whose pages cost nothing until they are touched.
-class Mapping {
-public:
-    explicit Mapping(int64_t bytes);  // throws std::bad_alloc
-    ~Mapping();
-    Mapping(const Mapping&) = delete;
-    Mapping& operator=(const Mapping&) = delete;
-    char* data() const { return data_; }
-    int64_t size() const { return bytes_; }
-
-private:
-    char* data_ = nullptr;
-    int64_t bytes_;
-};
 
 // An operand as the caller names it.
 struct OperandRef {
@@ -47,6 +34,9 @@ public:
 
     int add_constant(const char* data, int64_t bytes);  // the caller keeps the memory alive
     int add_cache(int64_t bytes);
+    void prefault_caches(int64_t num_blocks);  // those that are there: have memory before a step writes to it
+    void use_block(int64_t block);             // a step begins whose highest block is this one
+    int64_t blocks_ready() const { return prefault_ ? prefault_->ready() : 0; }
     void add_call(const std::string& kernel, const std::vector<OperandRef>& operands, const std::vector<int64_t>& ints,
                   const std::vector<double>& floats);
     // Throws std::runtime_error in a process forked after the executor was made.
@@ -127,6 +117,7 @@ private:
     std::shared_ptr<Mapping> arena_;
     std::vector<Operand> constants_;
     std::vector<std::shared_ptr<Mapping>> caches_;
+    std::unique_ptr<Prefault> prefault_;
     std::vector<PlannedCall> calls_;
     int num_inputs_ = 0;
 

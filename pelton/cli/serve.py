@@ -13,6 +13,9 @@ from . import options
 
 #: Fields of generation_config.json that are defaults of requests.
 _GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+#: Of a step, beside a token for each sequence. What a larger step saves (weights are read less often) is within the
+#: noise on a CPU, and all streams stand still while it runs: benchmarks/results/serving-steps-amd-epyc.md.
+PROMPT_TOKENS = 192
 
 
 @click.command(short_help="Serve a model behind OpenAI's HTTP API.")
@@ -35,9 +38,9 @@ _GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 @click.option(
     "--max-num-batched-tokens",
     type=int,
-    default=1024,
     metavar="N",
-    help="Tokens of one step: fewer let streams flow more evenly beside long prompts, more read long prompts sooner.",
+    help="Tokens of one step: fewer let streams flow more evenly beside long prompts, more read long prompts sooner. "
+    f"Default: {PROMPT_TOKENS} more than --max-num-seqs.",
 )
 @click.option(
     "--enable-prefix-caching/--no-enable-prefix-caching",
@@ -166,7 +169,7 @@ def serve(
     slo: str | None,
     generation_config: str,
     max_num_seqs: int,
-    max_num_batched_tokens: int,
+    max_num_batched_tokens: int | None,
     enable_prefix_caching: bool,
     engine: dict[str, Any],
     **server: Any,
@@ -210,7 +213,9 @@ def serve(
     engine |= {
         "model": str(path),
         "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_num_batched_tokens": max_num_seqs + PROMPT_TOKENS
+        if max_num_batched_tokens is None
+        else max_num_batched_tokens,
         "enable_prefix_caching": enable_prefix_caching,
         "kv_cache_memory": None if kv_cache_memory is None else size("kv-cache-memory", kv_cache_memory),
     }

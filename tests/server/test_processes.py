@@ -92,6 +92,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     assert not list(folder.iterdir()), "temporary files are left"
 
 
+def test_a_long_prompt_is_read_in_steps_that_hold_nobody_up_for_long(server: Running) -> None:
+    until(lambda: "0" in values(server, "pelton:engine_steps_total"))
+    before = values(server, "pelton:engine_steps_total")["0"]
+    assert server.ask("/v1/completions", {"prompt": "x" * 624, "max_tokens": 1}).status == 200
+    # 16 sequences and 192 tokens of prompts make a step.
+    until(lambda: values(server, "pelton:engine_steps_total")["0"] == before + 3)
+
+
 def test_an_engine_that_is_killed_is_started_again(server: Running) -> None:
     assert not server.stderr[-1].startswith("Traceback")
     streams = begin(server, 8)

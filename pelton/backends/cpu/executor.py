@@ -131,6 +131,7 @@ class CpuExecutor(HostExecutor):
                 _native.cache_bytes(cache.num_kv_heads, cache.head_dim, kv_spec.block_size, kv_spec.num_blocks, format)
             )
             self._caches.append(self._native.cache(index).reshape(kv_spec.num_blocks, -1))
+        self._native.prefault_caches(kv_spec.num_blocks)
         self._tables: list[Bytes] = []
         for table in program.adapters:
             index = self._native.add_cache(table_bytes(table.type))
@@ -200,6 +201,7 @@ class CpuExecutor(HostExecutor):
         return rows
 
     def _inputs(self, inputs: StepInputs) -> list[npt.NDArray[np.int32]]:
+        self._native.use_block(int(inputs.arrays["slot_mapping"].max()) // self._kv_spec.block_size)
         return [inputs.arrays[name].reshape(-1) for name in self.program.inputs]
 
     @cached_property

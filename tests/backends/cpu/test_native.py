@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import resource
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -234,3 +237,64 @@ def test_cache_bytes() -> None:
     assert native.cache_bytes(1, 12, 16, 1, 0) == 16 * (12 + 16) * 4
     with pytest.raises(ValueError, match="head_dim"):
         native.cache_bytes(1, 13, 16, 1, 0)
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def cached(blocks: int, mebibytes: int) -> Any:
+    executor = native.Executor("generic", 1, 64)
+    for _ in range(2):
+        executor.add_cache(mebibytes << 20)
+    executor.prefault_caches(blocks)
+    return executor
+
+
+def test_memory_of_a_cache_is_there_before_it_is_used() -> None:
+    executor = cached(1024, 64)
+    caches = [executor.cache(i) for i in range(2)]
+    for cache in caches:
+        cache[: 8 << 20] = 7
+        cache[-1] = 9
+    before = resident()
+    time.sleep(0.1)
+    assert executor.blocks_ready() == 0 and resident() - before < 4 << 20, "nothing is used yet"
+    executor.use_block(3)
+    end = time.monotonic() + 20
+    while executor.blocks_ready() < 1024:  # no step runs
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert resident() - before > 100 << 20
+    for cache in caches:
+        assert (cache[: 8 << 20] == 7).all() and cache[-1] == 9 and not cache[8 << 20 : -1].any(), "as it was"
+    executor.use_block(1023)
+    with pytest.raises(ValueError, match="once"):
+        executor.prefault_caches(1024)
+
+
+def test_only_so_much_memory_is_taken_ahead() -> None:
+    executor = cached(2048, 512)  # blocks of a quarter of a megabyte
+    before = resident()
+    executor.use_block(0)
+    time.sleep(0.5)
+    end = time.monotonic() + 60
+    while (ready := executor.blocks_ready()) < 1024:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    time.sleep(0.2)
+    assert executor.blocks_ready() <= ready + 16, "512 MiB ahead"
+    assert resident() - before < 544 << 20
+    executor.use_block(1500)
+    start = time.monotonic()
+    executor.close()  # while it is at work
+    assert time.monotonic() - start < 5
+
+
+def test_a_cache_that_is_one_page_is_left_alone() -> None:
+    executor = cached(64, 1)
+    executor.use_block(63)
+    time.sleep(0.2)
+    assert executor.blocks_ready() == 0
+    native.Executor("generic", 1, 64).use_block(5)  # none at all

@@ -278,6 +278,9 @@ def test_a_forked_child_is_told_to_make_its_own(threads: int) -> None:
 def make():
     executor = native.Executor("generic", int(sys.argv[2]), 1 << 20)
     executor.add_call("add", [("arena", 0, 0)] * 3, [0, 1024, 1024, 1024, 1024], [])
+    executor.add_cache(64 << 20)
+    executor.prefault_caches(1024)
+    executor.use_block(0)
     return executor
 
 executor = make()
@@ -285,6 +288,7 @@ executor.run((64, 0, 0, 0), [])
 child = os.fork()
 if child == 0:
     try:
+        executor.use_block(9)
         executor.run((64, 0, 0, 0), [])
         os._exit(1)
     except RuntimeError as error:
