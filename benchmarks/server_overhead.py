@@ -4,7 +4,8 @@
 
 Tokens per second of one core is what the API process would stream if it had one for itself: tokens over its CPU
 seconds. Added latency is the time from a token's step in the engine to its arrival in the client, both on the clock of
-this machine; the client's own time to read a burst of all streams is in it.
+this machine; the client's own time to read a burst of all streams is in it. "bare" is what of that is not the server's:
+the same client, and a process that does nothing but write the same bytes to the same number of sockets.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import asyncio
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -134,7 +136,53 @@ def measure(streams: int, tokens: int, step: float, path: str) -> dict[str, Any]
     }  # fmt: skip
 
 
+_EVENT = b"data: %b\n\n" % msgspec.json.encode({
+    "id": "chatcmpl-" + 32 * "0", "object": "chat.completion.chunk", "created": 1_700_000_000, "model": "fake",
+    "choices": [{"index": 0, "delta": {"content": "A"}, "logprobs": None, "finish_reason": None}],
+})  # fmt: skip
+
+
+def write_only(listener_fd: int, streams: int, tokens: int, step: float) -> None:
+    """A chunk to every stream, again and again; prints when."""
+    with socket.socket(fileno=listener_fd) as listener:
+        peers = [listener.accept()[0] for _ in range(streams)]
+    for peer in peers:
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        peer.recv(1 << 16)
+    chunk, times, due = b"%x\r\n%b\r\n" % (len(_EVENT), _EVENT), [], time.monotonic()
+    for _ in range(tokens):
+        due += step
+        time.sleep(max(0.0, due - time.monotonic()))
+        times.append(time.monotonic())
+        for peer in peers:
+            os.write(peer.fileno(), chunk)
+    print(json.dumps(times))
+
+
+def measure_bare(streams: int, tokens: int, step: float) -> dict[str, Any]:
+    import uvloop
+
+    with listen("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        numbers = [str(value) for value in (listener.fileno(), streams, tokens, step)]
+        writer = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.server_overhead", "--write-only", *numbers],
+            pass_fds=(listener.fileno(),), stdout=subprocess.PIPE,
+        )  # fmt: skip
+        clients = uvloop.run(load(port, streams, tokens, "/v1/chat/completions"))
+        output, _ = writer.communicate(timeout=10)
+    times = json.loads(output)
+    added = [b - a for client in clients for a, b in zip(times, client.times, strict=True)]
+    return {
+        "path": "bare", "streams": streams, "tokens_each": tokens, "step_ms": 1e3 * step,
+        "added_ms": {f"p{p}": 1e3 * percentile(added, p) for p in (50, 90, 99, 100)},
+    }  # fmt: skip
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--write-only"]:
+        fd, streams, tokens, step = sys.argv[2:]
+        return write_only(int(fd), int(streams), int(tokens), float(step))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=400)
@@ -143,6 +191,7 @@ def main() -> None:
     args = parser.parse_args()
     resolve_model("")  # the demo model is there
     rows = [measure(args.streams, args.tokens, args.step, path) for path in ("/v1/completions", "/v1/chat/completions")]
+    rows.append(measure_bare(args.streams, args.tokens, args.step))
     for row in rows:
         print(json.dumps(row))
     if args.json:

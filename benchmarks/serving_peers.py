@@ -119,7 +119,8 @@ def table(results: dict[str, dict[str, Any]], loads: list[tuple[str, str]]) -> s
             lines.append(
                 f"| {what} | {name} | {run['output_tokens_per_s']:.0f} | {run['ttft_ms']['p50']:.0f} |"
                 f" {run['ttft_ms']['p99']:.0f} | {run['tpot_ms']['p50']:.1f} | {run['tpot_ms']['p99']:.1f} |"
-                f" {run['itl_ms']['p99']:.0f} | {'' if goodput is None else f'{goodput:.2f}'} | {run['num_requests'] - run['num_ok']} |"
+                f" {run['itl_ms']['p99']:.0f} | {'' if goodput is None else f'{goodput:.2f}'} |"
+                f" {run['num_requests'] - run['num_ok']} |"
             )
     return "\n".join(lines) + "\n"
 
