@@ -17,7 +17,7 @@ from ..backends.base import StepProfile
 from ..config import PoolingParams, SamplingParams
 from ..errors import PeltonError, RequestError
 from .engine import EngineOutput, LLMEngine
-from .request import answer_ids, num_answers
+from .request import Sequence, answer_ids, num_answers
 from .stats import EngineStats, StepRecord
 
 _T = TypeVar("_T")
@@ -131,6 +131,10 @@ class AsyncEngine:
     def recent_steps(self) -> list[StepRecord]:
         """The latest steps, without waiting for the one that runs."""
         return self._engine.steps()  # one copy of a deque: nothing comes between in an interpreter with a lock
+
+    def sequence(self, request_id: str) -> Sequence | None:
+        """An unfinished one, without waiting for the step that runs: to look at."""
+        return self._engine.sequence(request_id)
 
     def kv_map(self, most: int) -> tuple[bytes, int]:
         """As :meth:`LLMEngine.kv_map`, without waiting for the step that runs: a picture, not the books."""

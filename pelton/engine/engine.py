@@ -310,7 +310,11 @@ class LLMEngine:
 
     def is_unfinished(self, request_id: str) -> bool:
         """Whether outputs under this id may still come."""
-        return self._state.find(request_id) is not None or request_id in self._searches
+        return self.sequence(request_id) is not None or request_id in self._searches
+
+    def sequence(self, request_id: str) -> Sequence | None:
+        """One that runs or waits, to look at."""
+        return self._state.find(request_id)
 
     def finish(self, request_id: str, reason: Literal["stop", "length", "abort"]) -> RequestMetrics:
         """End a running request from outside: the layer that sees text found a stop string.

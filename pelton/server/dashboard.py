@@ -1,6 +1,6 @@
 """What the dashboard shows, as server-sent events: states of the engines, put together twice a second.
 
-All of it comes from the engines, so that it is the same whichever API process one asks.
+All but ``rejected`` comes from the engines, so that it is the same whichever API process one asks.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 from ..engine.stats import StepRecord
@@ -23,8 +24,30 @@ from .streaming import sse
 
 #: Seconds between two events, and those that percentiles look back on.
 _PERIOD, _WINDOW = 0.5, 60.0
-#: Latencies that are kept.
+#: Answered requests, and decoding steps, whose latencies are kept.
 _MOST = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Answered:
+    """A request that was answered: when, and its latencies in seconds."""
+
+    time: float
+    ttft: float
+    tpot: float | None
+    e2e: float
+    is_good: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Rates:
+    """Of one engine, between its last two states."""
+
+    time: float  # of the second
+    num_finished: int  # until then
+    prompt_tokens: float = 0.0  # per second, as are the others
+    output_tokens: float = 0.0
+    requests: float = 0.0
 
 
 class Dashboard:
@@ -33,10 +56,11 @@ class Dashboard:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._viewers: dict[_Viewer, None] = {}
-        # (when it was over, metrics) of requests; (when, gap in seconds, how many) of decoding steps.
-        self._finished: deque[tuple[float, RequestMetrics]] = deque(maxlen=_MOST)
+        self._answered: deque[_Answered] = deque(maxlen=_MOST)
+        # Of decoding steps: when, the gap to the one before in seconds, for how many sequences.
         self._gaps: deque[tuple[float, float, int]] = deque(maxlen=_MOST)
         self._last_decode: dict[str, float] = {}
+        self._rates: dict[str, _Rates] = {}
         service.on_state(self._state_came)
 
     async def events(self, body: bytes, context: Context) -> Reply | AsyncIterator[bytes]:
@@ -46,6 +70,7 @@ class Dashboard:
     async def _events(self) -> AsyncIterator[bytes]:
         viewer = _Viewer(self._service)
         if not self._viewers:
+            self._last_decode.clear()  # nobody has told of the steps since
             self._service.replicas.watch(True)
         self._viewers[viewer] = None
         try:
@@ -59,21 +84,45 @@ class Dashboard:
 
     def _state_came(self, replica: Replica, state: wire.State) -> None:
         for record in state.requests:
-            if record.finished is not None:
-                reason = record.reason or "stop"
-                metrics = _metrics(record)
-                if metrics is not None and reason in ("stop", "length"):
-                    self._finished.append((record.finished, metrics))
+            if record.finished is not None and record.reason in ("stop", "length"):
+                self._count(record)
         for step in state.steps:
+            last = self._last_decode.get(replica.name)
             if step.num_decodes:
-                last = self._last_decode.get(replica.name)
-                if last is not None and step.time - last < 60.0:
+                if last is not None:
                     self._gaps.append((step.time, step.time - last, step.num_decodes))
                 self._last_decode[replica.name] = step.time
-            elif not step.num_running:
+            if not step.num_running:  # the next gap is no one's
                 self._last_decode.pop(replica.name, None)
+        self._measure(replica.name, state)
         for viewer in self._viewers:
             viewer.state_came(replica, state)
+
+    def _count(self, record: wire.RequestRecord) -> None:
+        if record.first_token is None or record.last_token is None or record.finished is None:
+            return
+        count = record.output_tokens
+        # As far as latencies need them: the tokens between the first and the last are evenly spread.
+        gap = (record.last_token - record.first_token) / max(1, count - 1)
+        times = tuple(record.first_token + gap * i for i in range(count))
+        metrics = RequestMetrics(record.arrived, record.scheduled, times)
+        if metrics.ttft is not None and metrics.e2e is not None:
+            good = meets(metrics, **self._service.config.slo.limits)
+            self._answered.append(_Answered(record.finished, metrics.ttft, metrics.tpot, metrics.e2e, good))
+
+    def _measure(self, name: str, state: wire.State) -> None:
+        """By the engine's clock and totals: a message may come between two states, or behind several."""
+        last, num_finished = self._rates.get(name), sum(state.finished.values())
+        seconds = 0.0 if last is None else state.time - last.time
+        if last is None or seconds <= 0 or num_finished < last.num_finished:  # another process
+            self._rates[name] = _Rates(state.time, num_finished)
+            return
+        self._rates[name] = _Rates(
+            state.time, num_finished,
+            sum(step.prefill_tokens for step in state.steps) / seconds,
+            sum(step.output_tokens for step in state.steps) / seconds,
+            (num_finished - last.num_finished) / seconds,
+        )  # fmt: skip
 
     def _message(self, viewer: _Viewer) -> dict[str, Any]:
         service = self._service
@@ -82,7 +131,11 @@ class Dashboard:
         ready = [replica for replica in service.replicas.replicas if replica.ready and replica.state is not None]
         stats = service.replicas.stats()
         blocks = stats.num_blocks
-        recent = [metrics for when, metrics in self._finished if when > now - _WINDOW]
+        while self._answered and self._answered[0].time <= now - _WINDOW:
+            self._answered.popleft()
+        while self._gaps and self._gaps[0][0] <= now - _WINDOW:
+            self._gaps.popleft()
+        rates = [self._rates[replica.name] for replica in ready if replica.name in self._rates]
         slo = service.config.slo
         use = [service.observability.utilisation(replica.name) for replica in ready]
         finished: Counter[str] = Counter()
@@ -93,6 +146,9 @@ class Dashboard:
             "time": now + to_unix, "model": service.config.model_names[0], "version": installed_version(),
             "uptime_s": time.time() - service.started,
             "replicas": [{"name": r.name, "ready": r.ready} for r in service.replicas.replicas],
+            "prompt_tokens_per_s": sum(r.prompt_tokens for r in rates),
+            "output_tokens_per_s": sum(r.output_tokens for r in rates),
+            "requests_per_s": sum(r.requests for r in rates),
             "running": stats.num_running, "waiting": stats.num_waiting,
             "max_num_seqs": sum(hello.max_num_seqs for hello in hellos),
             "kv_use": (blocks - stats.num_free_blocks) / blocks if blocks else 0.0,
@@ -102,24 +158,24 @@ class Dashboard:
             "busy": _mean([u.busy for u in use]) or 0.0,
             "peak_bandwidth": hellos[0].peak_bandwidth if hellos else None,
             "peak_flops": hellos[0].peak_flops if hellos else None,
-            "joules_per_token": _mean([u.joules_per_token for u in use]),
-            "latency": self._latency(recent, now),
+            "joules_per_token": service.observability.joules_per_token(),
+            "latency": self._latency(),
             "finished": dict(finished), "rejected": service.observability.num_rejected,
             "goodput": None if slo == SLO() else {
                 "slo": {f"{name}_ms": None if value is None else 1e3 * value
                         for name, value in (("ttft", slo.ttft), ("tpot", slo.tpot), ("e2e", slo.e2e))},
-                "fraction": sum(meets(m, **slo.limits) for m in recent) / len(recent) if recent else None,
+                "fraction": _mean([float(answered.is_good) for answered in self._answered]),
             },
         }  # fmt: skip
-        return message | viewer.take(stats, now, to_unix)
+        return message | viewer.take(to_unix)
 
-    def _latency(self, recent: list[RequestMetrics], now: float) -> dict[str, Any]:
-        gaps = [gap for when, gap, count in self._gaps if when > now - _WINDOW for _ in range(min(count, 8))]
+    def _latency(self) -> dict[str, Any]:
+        answered = self._answered
         values = {
-            "ttft_ms": [m.ttft for m in recent if m.ttft is not None],
-            "tpot_ms": [m.tpot for m in recent if m.tpot is not None],
-            "itl_ms": gaps,
-            "e2e_ms": [m.e2e for m in recent if m.e2e is not None],
+            "ttft_ms": [a.ttft for a in answered],
+            "tpot_ms": [a.tpot for a in answered if a.tpot is not None],
+            "itl_ms": [gap for _, gap, count in self._gaps for _ in range(min(count, 8))],
+            "e2e_ms": [a.e2e for a in answered],
         }
         return {name: distribution([1e3 * v for v in given]) if given else None for name, given in values.items()}
 
@@ -133,8 +189,6 @@ class _Viewer:
         self._latest: dict[str, wire.State] = {}
         self._operations: list[tuple[str, float, float | None]] | None = None
         self._service = service
-        self._last: tuple[float, int, int, int] | None = None
-        self._num_finished = 0
 
     def state_came(self, replica: Replica, state: wire.State) -> None:
         self._steps += state.steps
@@ -147,28 +201,19 @@ class _Viewer:
         }  # fmt: skip
         for record in state.requests:
             self._requests[f"{replica.name}/{record.request_id}"] = (replica.name, record)
-            self._num_finished += record.finished is not None
         if state.operations is not None:
             self._operations = state.operations
 
-    def take(self, stats: Any, now: float, to_unix: float) -> dict[str, Any]:
-        totals = (now, stats.prompt_tokens, stats.output_tokens, self._num_finished)
-        last, self._last = self._last or totals, totals
-        window = max(now - last[0], 1e-9)
+    def take(self, to_unix: float) -> dict[str, Any]:
         steps, self._steps = self._steps, []
         requests = self._requests
         self._requests = {key: value for key, value in requests.items() if value[1].finished is None}
         operations = self._operations
         whole = sum(seconds for _, seconds, _ in operations) if operations else 0.0
         return {
-            "window_s": _PERIOD if last is totals else window,
-            "prompt_tokens_per_s": max(0, totals[1] - last[1]) / window,  # an engine that is back counts from 0
-            "output_tokens_per_s": max(0, totals[2] - last[2]) / window,
-            "requests_per_s": (totals[3] - last[3]) / window,
             "steps": [
                 {"t": step.time + to_unix, "s": step.seconds, "prefill": step.prefill_tokens,
-                 "decode": step.decode_tokens, "running": step.num_running, "waiting": step.num_waiting,
-                 "kv_use": step.kv_use}
+                 "decode": step.decode_tokens}
                 for step in steps
             ],
             "requests": [_request(name, record, to_unix) for name, record in requests.values()],
@@ -199,17 +244,6 @@ def _request(name: str, record: wire.RequestRecord, to_unix: float) -> dict[str,
         "prompt_tokens": record.prompt_tokens, "cached_tokens": record.cached_tokens,
         "output_tokens": record.output_tokens,
     }  # fmt: skip
-
-
-def _metrics(record: wire.RequestRecord) -> RequestMetrics | None:
-    """As far as percentiles need it: the tokens between the first and the last are evenly spread."""
-    if record.first_token is None or record.last_token is None:
-        return None
-    count = max(record.output_tokens, 1)
-    gap = (record.last_token - record.first_token) / max(1, count - 1)
-    times = (record.first_token,) if count == 1 else (record.first_token, *(
-        record.first_token + gap * i for i in range(1, count - 1)), record.last_token)  # fmt: skip
-    return RequestMetrics(record.arrived, record.scheduled, times, record.prompt_tokens, record.cached_tokens)
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -158,7 +158,9 @@ class EngineServer:
         if watched:
             # By their times, as the engine goes on meanwhile.
             state.steps = [step for step in self.engine.recent_steps() if step.time > self._told_until]
-            state.requests = [live.record() for live in list(self._live.values())]
+            for live in list(self._live.values()):
+                live.sequence = live.sequence or self.engine.sequence(live.full_id)
+                state.requests.append(live.record())
             while self._finished:
                 state.requests.append(self._finished.popleft())
             state.kv_map, state.blocks_per_cell = self.engine.kv_map(_KV_CELLS)
@@ -331,7 +333,7 @@ def _warm_up(engine: LLMEngine, pooler: PoolerConfig) -> None:
 
 
 class _Live:
-    """An unfinished request, for those who watch; ``sequence`` is there once it has a token."""
+    """An unfinished request, for those who watch; ``sequence`` is there once it has a token, or was looked for."""
 
     __slots__ = ("arrived", "full_id", "prompt_tokens", "sequence")
 
@@ -344,10 +346,11 @@ class _Live:
     def record(self) -> wire.RequestRecord:
         record = wire.RequestRecord(self.full_id, self.arrived, self.prompt_tokens)
         sequence = self.sequence
-        if sequence is not None and sequence.token_times:
+        if sequence is not None:
+            record.scheduled, record.cached_tokens = sequence.first_scheduled_time, sequence.num_cached_tokens
             times = sequence.token_times
-            record.scheduled, record.first_token, record.last_token = sequence.first_scheduled_time, times[0], times[-1]
-            record.cached_tokens, record.output_tokens = sequence.num_cached_tokens, len(times)
+            if times:
+                record.first_token, record.last_token, record.output_tokens = times[0], times[-1], len(times)
         return record
 
 

@@ -133,6 +133,10 @@ class Observability:
         """How one engine has used its machine in the last seconds."""
         return self._engines.utilisation(name)
 
+    def joules_per_token(self) -> float | None:
+        """What the machine has used in the last seconds, per output token; None where it does not tell."""
+        return self._engines.joules_per_token()
+
     def metrics(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self._registry)
@@ -172,7 +176,10 @@ class ObservedRequest:
 
 
 class Utilisation:
-    """Of the steps of a window: parts of the measured peaks, None where there is none; joules per output token."""
+    """Of the steps of a window: parts of the measured peaks, None where there is none.
+
+    joules: of the whole machine, whichever engine tells; None where it does not tell.
+    """
 
     def __init__(self, hello: wire.Hello | None, first: wire.State, last: wire.State) -> None:
         def gained(name: str) -> float:
@@ -183,10 +190,8 @@ class Utilisation:
         self.mbu = None if peaks[0] is None else mbu(gained("bytes"), seconds, peaks[0])
         self.mfu = None if peaks[1] is None else mfu(gained("flops"), seconds, peaks[1])
         self.busy = min(1.0, seconds / elapsed) if elapsed > 0 else 0.0
-        tokens = gained("output_tokens")
-        self.joules_per_token = None
-        if first.joules is not None and last.joules is not None and tokens:
-            self.joules_per_token = (last.joules - first.joules) / tokens
+        self.output_tokens = gained("output_tokens")
+        self.joules = None if first.joules is None or last.joules is None else last.joules - first.joules
 
 
 class _Engines(Collector):
@@ -214,6 +219,12 @@ class _Engines(Collector):
             return Utilisation(None, _NOTHING, _NOTHING)
         return Utilisation(self._hellos.get(name), states[0], states[-1])
 
+    def joules_per_token(self) -> float | None:
+        uses = [self.utilisation(name) for name in self._states]
+        tokens = sum(use.output_tokens for use in uses)
+        joules = [use.joules for use in uses if use.joules is not None]
+        return max(joules) / tokens if joules and tokens else None
+
     def collect(self) -> Iterator[Metric]:
         label = ("model_name", "engine")
         gauges: dict[str, GaugeMetricFamily] = {}
@@ -231,7 +242,6 @@ class _Engines(Collector):
                 "num_requests_running": stats.num_running, "num_requests_waiting": stats.num_waiting,
                 "kv_cache_usage_perc": (blocks - stats.num_free_blocks) / blocks if blocks else 0.0,
                 "mbu_perc": use.mbu, "mfu_perc": use.mfu, "engine_busy_perc": use.busy,
-                "joules_per_token": use.joules_per_token,
                 "peak_bandwidth_bytes_per_second": None if hello is None else hello.peak_bandwidth,
                 "peak_flops_per_second": None if hello is None else hello.peak_flops,
                 "engine_stalled_seconds": states[-1].stalled,
@@ -244,12 +254,12 @@ class _Engines(Collector):
                 "num_preemptions": stats.preemptions, "engine_steps": stats.steps,
                 "engine_step_seconds": stats.seconds, "spec_decode_num_draft_tokens": stats.draft_tokens,
                 "spec_decode_num_accepted_tokens": stats.accepted_tokens,
-                "energy_joules": states[-1].joules,
             }.items():  # fmt: skip
                 if total is not None:
                     counters[key].add_metric(labels, total)
         yield from gauges.values()
         yield from counters.values()
+        yield from self._energy()
         info = InfoMetricFamily("pelton:build", "The version that runs.")
         info.add_metric((), {"version": installed_version()})
         yield info
@@ -261,6 +271,21 @@ class _Engines(Collector):
             cache.add_metric((str(hello.block_size), str(hello.num_blocks), str(hello.max_model_len)), 1)
             yield cache
 
+    def _energy(self) -> Iterator[Metric]:
+        """Of the machine: every engine tells of all of it."""
+        joules = [states[-1].joules for states in self._states.values() if states[-1].joules is not None]
+        if joules:
+            text = "What the machine's processors used since its engines started."
+            counter = CounterMetricFamily("pelton:energy_joules", text, labels=("model_name",))
+            counter.add_metric((self._model_name,), max(joules))
+            yield counter
+        per_token = self.joules_per_token()
+        if per_token is not None:
+            text = "What the machine's processors used in the last seconds, per output token."
+            gauge = GaugeMetricFamily("pelton:joules_per_token", text, labels=("model_name",))
+            gauge.add_metric((self._model_name,), per_token)
+            yield gauge
+
 
 _NOTHING = wire.State(0.0, 0.0, EngineStats(), [])
 
@@ -271,7 +296,6 @@ _GAUGES = {
     "mbu_perc": "Bytes that steps moved, of what the measured memory bandwidth allows in their time; 1 is all.",
     "mfu_perc": "FLOPs of steps, of what the measured peak allows in their time; 1 is all.",
     "engine_busy_perc": "The part of the last seconds in which a step ran; 1 is all.",
-    "joules_per_token": "What the processors used in the last seconds, per output token.",
     "peak_bandwidth_bytes_per_second": "Measured on this machine.",
     "peak_flops_per_second": "Measured on this machine, in the precision of the model's products.",
     "engine_stalled_seconds": "Time in which nothing happened although there is something to do.",
@@ -286,5 +310,4 @@ _COUNTERS = {
     "engine_step_seconds": "Time in steps.",
     "spec_decode_num_draft_tokens": "Tokens that were guessed.",
     "spec_decode_num_accepted_tokens": "Of these, right.",
-    "energy_joules": "What the processors used since the engine started.",
 }

@@ -48,8 +48,7 @@ def messages(number: int, start: float = 1_790_000_000.0, window_s: float = 0.5)
                         ended.append(r)
             prompt_tokens, output_tokens = prompt_tokens + prefill, output_tokens + decode
             if prefill + decode:
-                step = {"t": t, "s": STEP_S * 0.93, "prefill": prefill, "decode": decode, "running": len(running)}
-                steps.append({**step, "waiting": 0, "kv_use": 0.5})
+                steps.append({"t": t, "s": STEP_S * 0.93, "prefill": prefill, "decode": decode})
         open_ones = [r for r in requests if r["finished"] is None]
         active = sum(r["scheduled"] is not None for r in open_ones)
         used = min(
@@ -72,7 +71,6 @@ def messages(number: int, start: float = 1_790_000_000.0, window_s: float = 0.5)
                 "version": "0.1.0",
                 "uptime_s": now - start + 4000,
                 "replicas": [{"name": "0", "ready": True}, {"name": "1", "ready": tick > 10}],
-                "window_s": window_s,
                 "prompt_tokens_per_s": prompt_tokens / window_s,
                 "output_tokens_per_s": output_tokens / window_s,
                 "requests_per_s": len(ended) / window_s,

@@ -237,7 +237,7 @@ def test_a_machine_that_does_not_tell(tmp_path: Path) -> None:
 
 NUMBER = (int, float)
 CONTRACT: dict[str, Any] = {
-    "time": NUMBER, "model": str, "version": str, "uptime_s": NUMBER, "replicas": list, "window_s": NUMBER,
+    "time": NUMBER, "model": str, "version": str, "uptime_s": NUMBER, "replicas": list,
     "prompt_tokens_per_s": NUMBER, "output_tokens_per_s": NUMBER, "requests_per_s": NUMBER, "running": int,
     "waiting": int, "max_num_seqs": int, "kv_use": NUMBER, "prefix_hit_rate": (*NUMBER, type(None)),
     "preemptions": int, "mbu": (*NUMBER, type(None)), "mfu": (*NUMBER, type(None)),
@@ -245,7 +245,7 @@ CONTRACT: dict[str, Any] = {
     "joules_per_token": (*NUMBER, type(None)), "latency": dict, "finished": dict, "rejected": int,
     "goodput": (dict, type(None)), "steps": list, "requests": list, "kv_map": list, "ops": (list, type(None)),
 }  # fmt: skip
-STEP = {"t", "s", "prefill", "decode", "running", "waiting", "kv_use"}
+STEP = {"t", "s", "prefill", "decode"}
 REQUEST = {"id", "replica", "arrived", "scheduled", "first_token", "finished", "reason", "prompt_tokens",
            "cached_tokens", "output_tokens"}  # fmt: skip
 KV_MAP = {"replica", "num_blocks", "block_size", "blocks_per_cell", "cells"}
@@ -308,17 +308,20 @@ def watched(server: Running) -> bool:
 
 
 def test_the_dashboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = Built()
     # Two run and one waits.
-    with serving(Built(), engine=EngineConfig(max_num_seqs=2), slo=SLO(ttft=60.0)) as server:
+    with serving(built, engine=EngineConfig(max_num_seqs=2), slo=SLO(ttft=60.0)) as server:
         engine = server.engine.engine
         server.engine._finished = deque(maxlen=1)  # more may finish while nobody looks than is kept
         for _ in range(3):
             assert server.ask("/v1/completions", {"prompt": "ab", "max_tokens": 1}).status == 200
         until(lambda: not engine.num_unfinished)
-        server.engine._finished = deque(maxlen=100)
+        server.engine._finished = deque(server.engine._finished, maxlen=100)
         assert not watched(server)
         first = Viewer(server)
         until(lambda: watched(server))
+        assert first.until(lambda m: len(first.told("requests")) == 1)["requests_per_s"] == 0, "it was before"
+        first.messages.clear()
         seen, start = engine.stats().steps, time.time()
         streams = [Stream(server, {"prompt": "abcd" * 20, "max_tokens": 4000, "stream": True}) for _ in range(3)]
         busy = first.until(lambda m: len(open_ids(m)) == 3 and m["running"] == 2)
@@ -330,6 +333,7 @@ def test_the_dashboard(monkeypatch: pytest.MonkeyPatch) -> None:
         assert open_ids(again) == open_ids(busy), "all that are unfinished, each time"
         assert again["output_tokens_per_s"] > 0 and 0 < again["busy"] <= 1 and again["mbu"] > 0
         assert again["latency"]["itl_ms"]["p50"] >= 4
+        assert again["output_tokens_per_s"] == pytest.approx(2 / 0.005, rel=0.5), "two tokens a step of 5 ms"
         second = Viewer(server)
         assert open_ids(second.until(lambda m: m["requests"])) == open_ids(busy)
         for stream in streams:
@@ -345,10 +349,17 @@ def test_the_dashboard(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sorted(r["id"] for r in second.told("requests") if r["finished"] is not None) == sorted(
             r["id"] for r in finished
         )
+        for message in (ended, first.until(lambda m: True)):
+            assert message["latency"]["itl_ms"]["p99"] < 100, "that nothing ran is no gap between tokens"
         # Every step once, in their order.
         times = [step["t"] for step in first.told("steps")]
         assert times == sorted(times)
         assert sum(t > start for t in times) == engine.stats().steps - seen
+        # What is being computed no longer waits, although it has no token yet.
+        built.executor.seconds = 1.5
+        slow = Stream(server, {"prompt": "ab", "max_tokens": 1, "stream": True})
+        first.until(lambda m: any(r["scheduled"] and not r["first_token"] for r in m["requests"]))
+        slow.leave()
         second.stream.leave()
         time.sleep(0.6)
         assert watched(server), "one still looks"
