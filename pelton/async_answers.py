@@ -227,9 +227,10 @@ class AsyncAnswers:
                 self._engine.finish(output.request_id, "abort")
 
     def _hand_over(self, output: EngineOutput, stream: Stream, answer: Answer) -> None:
-        if answer.take(output) and output.finish_reason is None:
-            answer.metrics(output.sequence.metrics())
-            self._engine.finish(output.request_id, "stop")
+        if answer.take(output):  # a stop string, maybe in the very step that was the last
+            answer.metrics(output.metrics or output.sequence.metrics())
+            if output.finish_reason is None:
+                self._engine.finish(output.request_id, "stop")
         if answer.completion.finished:
             del self._streams[output.request_id]
         stream.put(answer)

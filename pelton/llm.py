@@ -468,8 +468,8 @@ class LLM:
         with _interrupts_deferred():
             for output in self._engine.step(flush=True):
                 run, index, answer = self._answers[output.request_id]
-                if answer.take(output) and output.finish_reason is None:
-                    answer.metrics(self._engine.finish(output.request_id, "stop"))
+                if answer.take(output):  # a stop string, maybe in the very step that was the last
+                    answer.metrics(output.metrics or self._engine.finish(output.request_id, "stop"))
                 if answer.completion.finished:
                     del self._answers[output.request_id]
                     run.unfinished.discard(output.request_id)

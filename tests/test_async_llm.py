@@ -1,12 +1,16 @@
 import asyncio
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from pelton import AsyncLLM, EngineConfig, PeltonError, SamplingParams
+from pelton.async_answers import AsyncAnswers
+from pelton.engine.engine import EngineOutput
 from pelton.errors import RequestError
-from tests.helpers.fake_parts import FakeBuilt, FakeTokenizer, ids_of
+from pelton.metrics import RequestMetrics
+from tests.helpers.fake_parts import EOS, FakeBuilt, FakeTokenizer, ids_of
 
 
 def run(body, *args, config=None, **kwargs):
@@ -189,3 +193,27 @@ def test_batches_that_are_not_in_flight_start_without_being_full():
         assert output.outputs[0].text == "HI"
 
     run(body, config=EngineConfig(batching="dynamic", batching_delay=0.05))
+
+
+def test_a_stop_string_in_the_very_last_step_leaves_the_metrics_there():
+    """Speculation brings several tokens at once: here the stop string, and the token behind it that ends the answer."""
+
+    class Engine:
+        def add_request(self, *given, **options):
+            pass
+
+        def finish(self, request_id, reason="abort"):
+            raise AssertionError("it has ended")
+
+    async def main():
+        answers = AsyncAnswers(FakeTokenizer(), 100, None)
+        answers._engine = Engine()
+        stream = answers.open("ab", SamplingParams(stop=["D"]), lambda: None)
+        metrics = RequestMetrics(0.0, 0.1, (0.2, 0.2, 0.2))
+        sequence, ids = SimpleNamespace(metrics=lambda: metrics), (*ids_of("CDE"), EOS)
+        output = EngineOutput(stream.answers[0].sequence_id, sequence, ids, (None,) * 4, "stop", None, metrics)
+        answers._dispatch([output])
+        assert stream.take().outputs[0].text == "C" and stream.ended
+        return stream.output.metrics
+
+    assert asyncio.run(main()) is not None

@@ -34,7 +34,7 @@ from .schemas import (
     TopLogprob,
     encode,
 )
-from .service import Job, Service
+from .service import Job, Service, off_loop
 from .streaming import DONE, ChatStream, ChatWords, sse
 
 _decoder = msgspec.json.Decoder(ChatRequest)
@@ -67,13 +67,16 @@ async def open_chat(service: Service, context: Context, request: ChatRequest, si
     service.check_room()
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options is of no use without stream", "set stream, or leave it out")
+    if request.stream and request.prompt_logprobs is not None:
+        raise RequestError("prompt_logprobs cannot be streamed", "leave out one of the two")
     ask = ask_of(request, size)
     asked = await conversation(service, ask)
     if ask.continues and (asked.grammar is not None or service.structure_of(request) is not None):
         raise RequestError("the last message is the beginning of an answer whose form is prescribed",
                            "leave out that message, or the form")  # fmt: skip
     asked.given.cache_salt = request.cache_salt or ""
-    params = asked.params(service, request, _own_params(request))
+    own = _own_params(request)
+    params = await off_loop(size, lambda: asked.params(service, request, own))  # which looks through schemas
     if service.config.log_prompts:
         context.log["messages"] = ask.messages
     return Chat(
@@ -120,9 +123,6 @@ def _own_params(request: ChatRequest) -> dict[str, Any]:
 def _template_variables(request: ChatRequest) -> dict[str, Any]:
     """What the model's chat template gets besides the messages."""
     variables = dict(request.chat_template_kwargs or {})
-    for taken in ("messages", "tools", "add_generation_prompt"):
-        if taken in variables:
-            raise RequestError(f"chat_template_kwargs has {taken!r}", "give it as a field of the request")
     if request.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", request.reasoning_effort)
         if request.reasoning_effort == "none":
@@ -164,15 +164,22 @@ class _Words(ChatWords):
         self._runs_usage = self._wants_usage and options is not None and bool(options.continuous_usage_stats)
         self._begun: set[int] = set()
 
-    def _chunk(self, choices: list[ChunkChoice], usage: Any = UNSET) -> bytes:
-        return sse(ChatChunk(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage))
+    def _chunk(self, choices: list[ChunkChoice], usage: Any = UNSET, prompt_token_ids: Any = UNSET) -> bytes:
+        return sse(
+            ChatChunk(
+                id=self._id, created=self._created, model=self._model, choices=choices, usage=usage,
+                prompt_token_ids=prompt_token_ids,
+            )
+        )  # fmt: skip
 
     def event(self, event: ChatEvent) -> bytes:
         usage = UNSET if not self._wants_usage else self._job.usage if self._runs_usage else None
         new = b""
         if event.index not in self._begun:
+            wants_ids = self._request.return_token_ids and not self._begun
             self._begun.add(event.index)
-            new = self._chunk([ChunkChoice(event.index, Delta(role="assistant", content=""))], usage)
+            ids = list(self._job.given.token_ids) if wants_ids else UNSET
+            new = self._chunk([ChunkChoice(event.index, Delta(role="assistant", content=""))], usage, ids)
         for choice in self._choices(event):
             new += self._chunk([choice], usage)
         return new

@@ -21,6 +21,10 @@ from ..text.tool_grammar import thinking_then_json, tool_choice_grammar
 from ..text.tool_messages import ToolStyle, prepare
 from .service import LONG_TEXT, Job, Service
 
+#: What the server itself gives to templates, or to those who render them. A template of the request's own would be
+#: a program of the request's own.
+_NO_VARIABLES = ("messages", "tools", "add_generation_prompt", "chat_template", "self")
+
 
 @dataclass
 class Ask:
@@ -102,9 +106,10 @@ class Conversation:
             if grammar is not None:
                 raise RequestError("tool_choice and response_format both prescribe the answer", "give one of them")
             if self.reasoning is not None and (structure.json is not None or structure.json_object):
-                schema = structure.json if structure.json is not None else {"type": "object"}
-                schema = json.loads(schema) if isinstance(schema, str) else schema
+                schema = {"type": "object"} if structure.json is None else _schema(structure.json)
                 grammar = thinking_then_json(schema, self.reasoning, service.tokenizer.added_token_id)
+            else:
+                self.reasoning = None  # the answer begins at once, whatever the prompt has opened
         if grammar is not None:
             more["structured_outputs"] = {"grammar": grammar}
         return service.params(request, **more)
@@ -122,6 +127,10 @@ async def conversation(service: Service, ask: Ask) -> Conversation:
     tokenizer = service.tokenizer
     if tokenizer is None or tokenizer.chat_template is None:
         raise RequestError("the model has no chat template", "use /v1/completions")
+    for name in _NO_VARIABLES:
+        if name in ask.variables:
+            raise RequestError(f"chat_template_kwargs has {name!r}, which is not for requests to set there",
+                               "leave it out, or give the field of that name")  # fmt: skip
     tools = check_tools(ask.tools)
     choice, _ = checked_choice(ask.tool_choice, tools)
     wants_tools = choice != "none"
@@ -242,6 +251,16 @@ class ChoiceReader:
 
     def _is_wanted(self, index: int) -> bool:
         return self._parallel or index == 0
+
+
+def _schema(given: Any) -> dict[str, Any]:
+    try:
+        schema = json.loads(given) if isinstance(given, str) else given
+    except json.JSONDecodeError as error:
+        raise RequestError(f"structured_outputs.json is no JSON: {error}", "correct it") from None
+    if not isinstance(schema, dict):
+        raise RequestError("structured_outputs.json is no object", "give a JSON schema")
+    return schema
 
 
 def new_call_id() -> str:

@@ -31,9 +31,7 @@ class Completions:
         request = _decoder.decode(body)
         service = self._service
         adapter = service.adapter(request.model)
-        service.check_room()
         prompts = await service.prompts("prompt", request.prompt, request.add_special_tokens, request.cache_salt)
-        service.check_room(len(prompts))
         params = self._params(request)
         if service.config.log_prompts:
             context.log["prompts"] = [prompt.text or prompt.token_ids for prompt in prompts]
@@ -54,6 +52,8 @@ class Completions:
                 more["prompt_logprobs"] = request.logprobs
         if request.echo and request.stream and request.logprobs is not None:
             raise RequestError("echo with logprobs cannot be streamed", "leave out one of the three")
+        if request.stream and request.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs cannot be streamed", "leave out one of the two")
         return self._service.params(request, **more)
 
 
@@ -85,7 +85,11 @@ class _Work(JobStream):
         )  # fmt: skip
 
     def _usage(self) -> Usage:
-        return total([job.usage for job in self._jobs])
+        usage = total([job.usage for job in self._jobs])
+        if self._request.max_tokens == 0:  # one was needed to get that far
+            usage.total_tokens -= usage.completion_tokens
+            usage.completion_tokens = 0
+        return usage
 
     async def complete(self) -> CompletionResponse:
         outputs = await gathered([job.complete(self._options) for job in self._jobs])
@@ -102,6 +106,7 @@ class _Work(JobStream):
         entries: list[dict[int, Logprob] | None] = list(answer.logprobs or ())
         if no_tokens:
             token_ids, text, entries = [], "", []
+        new_ids = token_ids
         if request.echo:
             prompt = list(output.prompt_token_ids)
             shown = output.prompt if output.prompt is not None else self._decode(prompt)
@@ -116,15 +121,17 @@ class _Work(JobStream):
         if request.prompt_logprobs is not None and output.prompt_logprobs is not None:
             choice.prompt_logprobs = plain_prompt_logprobs(output.prompt_logprobs)
         if request.return_token_ids:
-            choice.token_ids, choice.prompt_token_ids = list(answer.token_ids), list(output.prompt_token_ids)
+            choice.token_ids, choice.prompt_token_ids = new_ids, list(output.prompt_token_ids)
         return choice
 
     def words(self, number: int, output: RequestOutput) -> bytes:
         request, new = self._request, b""
+        no_tokens = request.max_tokens == 0
         for piece in output.outputs:
             index = number * self._n + piece.index
-            text = piece.text
-            if index not in self._begun:
+            text = "" if no_tokens else piece.text
+            is_first = index not in self._begun
+            if is_first:
                 self._begun.add(index)
                 if request.echo:
                     shown = output.prompt
@@ -132,14 +139,16 @@ class _Work(JobStream):
             choice = CompletionChoice(
                 index=index, text=text, finish_reason=piece.finish_reason, stop_reason=piece.stop_reason
             )
-            if request.max_tokens == 0:
-                choice.text, choice.finish_reason = text[: len(text) - len(piece.text)], "length"
-            if request.logprobs is not None and piece.logprobs is not None:
+            if no_tokens:
+                choice.finish_reason = "length"
+            elif request.logprobs is not None and piece.logprobs is not None:
                 start = self._offsets.get(index, 0)
                 choice.logprobs = self._logprobs(list(piece.token_ids), list(piece.logprobs), request.logprobs, start)
                 self._offsets[index] = start + sum(map(len, choice.logprobs.tokens))
             if request.return_token_ids:
-                choice.token_ids = list(piece.token_ids)
+                choice.token_ids = [] if no_tokens else list(piece.token_ids)
+                if is_first:
+                    choice.prompt_token_ids = list(output.prompt_token_ids)
             new += sse(self._response([choice], self._running_usage()))
         return new
 

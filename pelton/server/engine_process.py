@@ -149,7 +149,7 @@ class EngineServer:
 
     def send_states(self) -> None:
         """Tell everybody how the engine stands."""
-        watched = [c for c in self._connections.values() if c.watching]
+        watched = any(connection.watching for connection in list(self._connections.values()))
         stats = self.engine.stats()
         state = wire.State(
             time=self._now(), stalled=self.engine.stalled, stats=stats, adapters=self.engine.adapter_names(),
@@ -293,7 +293,7 @@ class EngineServer:
                 message.stamps = (metrics.first_scheduled_time, metrics.num_cached_tokens, metrics.num_preemptions)
                 if sequence.search is not None:
                     message.token_times = list(metrics.token_times)
-                if sequence.prompt_logprobs and output.token_ids:
+                if sequence.prompt_logprobs and output.token_ids and (first or sequence.search is not None):
                     message.prompt_logprobs = wire.plain_logprobs(sequence.prompt_logprobs)
             if output.embedding is not None:
                 message.embedding = output.embedding.astype("<f4").tobytes()

@@ -6,20 +6,17 @@ import re
 
 import msgspec
 
-from ..errors import DeadlineError, OutOfMemoryError, PeltonError, RequestError, TokenizerError
+from ..errors import DeadlineError, PeltonError, RequestError, TokenizerError
 from .replicas import BusyError, UnavailableError
 from .schemas import ErrorBody, ErrorResponse, encode
 
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
-    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
-    408: "timeout_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
-    499: "client_closed_request",
     503: "service_unavailable_error",
     504: "timeout_error",
 }
@@ -65,6 +62,8 @@ def http_error(error: BaseException) -> HttpError:
         return _validation(str(error))
     if isinstance(error, msgspec.DecodeError):
         return HttpError(400, f"the body is no valid JSON: {error}", code="invalid_json")
+    if isinstance(error, RecursionError):
+        return HttpError(400, "the body is nested too deeply", code="invalid_json")
     if isinstance(error, UnicodeDecodeError):
         return HttpError(400, "the body is no valid UTF-8", code="invalid_json")
     if isinstance(error, BusyError):
@@ -75,7 +74,7 @@ def http_error(error: BaseException) -> HttpError:
         return HttpError(504, str(error), code="deadline")
     if isinstance(error, (RequestError, TokenizerError)):
         return HttpError(400, str(error), param=_param(str(error)), code="invalid_value")
-    if isinstance(error, (PeltonError, OutOfMemoryError)):
+    if isinstance(error, PeltonError):
         return HttpError(500, str(error), code="engine_error")
     return HttpError(500, f"a bug of the server ({type(error).__name__}); its log has more", code="internal_error")
 

@@ -339,7 +339,8 @@ class _Exchange:
         headers = [*reply.headers, (b"content-length", str(len(reply.body)).encode())]
         await self._start(reply.status, reply.media_type, headers, context)
         body = b"" if self._scope["method"] == "HEAD" else reply.body
-        await self._send({"type": "http.response.body", "body": body})
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        await self._send({"type": "http.response.body", "body": b""})  # waits until the client has read most of it
 
     async def _send_tokens(self, stream: TokenStream, context: Context) -> None:
         """Stream tokens: the first with the head of the response, the others from within ``ready``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,7 +77,6 @@ _count_decoder = msgspec.json.Decoder(CountTokensRequest)
 _ERROR_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
-    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     413: "request_too_large",
@@ -312,7 +312,7 @@ def _block(part: Part) -> TextOutput | ThinkingOutput | ToolUseOutput:
         return ThinkingOutput(thinking=part.text)
     if part.kind == "text":
         return TextOutput(text=part.text)
-    return ToolUseOutput(id=part.call_id, name=part.name, input=msgspec.json.decode(part.text or "{}"))
+    return ToolUseOutput(id=part.call_id, name=part.name, input=json.loads(part.text or "{}"))
 
 
 def _end(job: Job, finish_reason: str, stop: int | str | None) -> MessageEnd:

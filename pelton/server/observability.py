@@ -31,6 +31,8 @@ _WHOLE = (0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 3
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 #: Seconds over which utilisation is averaged.
 _WINDOW = 10.0
+#: Seconds after which an engine that has said nothing, as it does all the time, hangs.
+_SILENT = 2.0
 
 
 class Observability:
@@ -105,12 +107,13 @@ class Observability:
         if metrics.token_times and metrics.first_scheduled_time is not None:
             self.prefill.observe(metrics.token_times[0] - metrics.first_scheduled_time)
             self.decode.observe(metrics.token_times[-1] - metrics.token_times[0])
-        self.output_tokens.observe(metrics.num_output_tokens)
+        if metrics.token_times:  # an embedding has none
+            self.output_tokens.observe(metrics.num_output_tokens)
         for gap in metrics.itl:
             self.itl.observe(gap)
         if metrics.e2e is not None:
             self._durations.append((time.monotonic(), metrics.e2e))
-        if self._slo != SLO():
+        if self._slo != SLO() and metrics.token_times:
             self._slo_requests.labels(*self._names, str(meets(metrics, **self._slo.limits)).lower()).inc()
 
     def failed(self, reason: str) -> None:
@@ -163,6 +166,7 @@ class ObservedRequest:
         """The engine did not take it."""
         if self._open:
             self._open = False
+            self.reason = reason
             self._books.ended()
             self._books.rejected(reason)
 
@@ -200,9 +204,11 @@ class _Engines(Collector):
     def __init__(self, model_name: str) -> None:
         self._model_name = model_name
         self._states: dict[str, deque[wire.State]] = {}
+        self._replicas: dict[str, Replica] = {}
         self._hellos: dict[str, wire.Hello] = {}
 
     def state_came(self, replica: Replica, state: wire.State) -> None:
+        self._replicas[replica.name] = replica
         states = self._states.setdefault(replica.name, deque())
         if states and state.stats.steps < states[-1].stats.steps:
             states.clear()  # another process
@@ -220,7 +226,7 @@ class _Engines(Collector):
         return Utilisation(self._hellos.get(name), states[0], states[-1])
 
     def joules_per_token(self) -> float | None:
-        uses = [self.utilisation(name) for name in self._states]
+        uses = [self.utilisation(name) for name in self._states if self._replicas[name].ready]
         tokens = sum(use.output_tokens for use in uses)
         joules = [use.joules for use in uses if use.joules is not None]
         return max(joules) / tokens if joules and tokens else None
@@ -236,16 +242,18 @@ class _Engines(Collector):
         for name, states in self._states.items():
             labels = (self._model_name, name)
             stats, hello = states[-1].stats, self._hellos.get(name)
-            use = self.utilisation(name)
+            use, replica = self.utilisation(name), self._replicas[name]
             blocks = stats.num_blocks
-            for key, value in {
+            silent = time.monotonic() - replica.state_time
+            now = {} if not replica.ready else {  # of one that is gone only its totals are true
                 "num_requests_running": stats.num_running, "num_requests_waiting": stats.num_waiting,
                 "kv_cache_usage_perc": (blocks - stats.num_free_blocks) / blocks if blocks else 0.0,
                 "mbu_perc": use.mbu, "mfu_perc": use.mfu, "engine_busy_perc": use.busy,
                 "peak_bandwidth_bytes_per_second": None if hello is None else hello.peak_bandwidth,
                 "peak_flops_per_second": None if hello is None else hello.peak_flops,
-                "engine_stalled_seconds": states[-1].stalled,
-            }.items():  # fmt: skip
+                "engine_stalled_seconds": silent + states[-1].stalled if silent > _SILENT else states[-1].stalled,
+            }  # fmt: skip
+            for key, value in now.items():
                 if value is not None:
                     gauges[key].add_metric(labels, value)
             for key, total in {

@@ -300,6 +300,7 @@ class _Words(ChatWords):
             return [ArgumentsPiece(output_index=index, item_id=item_id, delta=found.delta)]
         if part.kind == "reasoning":
             return [ReasoningPiece(output_index=index, item_id=item_id, delta=found.delta)]
+        waiting = _within(waiting, found.delta)
         self._logprobs.setdefault(index, []).extend(waiting)
         return [TextPiece(output_index=index, item_id=item_id, delta=found.delta, logprobs=waiting)]
 

@@ -47,7 +47,7 @@ from .schemas import (
     VersionInfo,
     encode,
 )
-from .service import Service
+from .service import Service, off_loop
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,13 @@ class _Small:
             raise RequestError("tokenize needs either prompt or messages", "give one of them")
         if request.prompt is not None:
             special = True if request.add_special_tokens is None else request.add_special_tokens
-            tokens = await service.encode(request.prompt, special)
+            if request.tools or request.chat_template_kwargs:
+                raise RequestError("tools and chat_template_kwargs are for messages", "leave them out beside prompt")
+            (tokens,) = await service.encode([request.prompt], special)
         else:
             assert request.messages is not None
+            if request.add_special_tokens is not None:
+                raise RequestError("add_special_tokens is for prompt; templates write their own", "leave it out")
             ask = Ask(
                 plain_messages(request.messages), len(body), [plain_tool(tool) for tool in request.tools or ()],
                 variables=dict(request.chat_template_kwargs or {}),
@@ -150,7 +154,10 @@ class _Small:
             tokens = (await conversation(service, ask)).given.token_ids
         strings = None
         if request.return_token_strs:
-            strings = [service.tokenizer.decode([token], skip_special_tokens=False) for token in tokens]
+            decode = self._tokenizer().decode
+            strings = await off_loop(
+                len(tokens), lambda: [decode([token], skip_special_tokens=False) for token in tokens]
+            )
         return Reply(
             encode(
                 TokenizeResponse(
@@ -167,7 +174,9 @@ class _Small:
         vocab_size = service.hello.vocab_size
         if any(token >= vocab_size for token in request.tokens):
             raise RequestError(f"tokens has an id beyond the {vocab_size} of the vocabulary", "give ids of this model")
-        return Reply(encode(DetokenizeResponse(tokenizer.decode(request.tokens, skip_special_tokens=False))))
+        count = len(request.tokens)
+        text = await off_loop(count, lambda: tokenizer.decode(request.tokens, skip_special_tokens=False))
+        return Reply(encode(DetokenizeResponse(text)))
 
     async def tokenizer_info(self, body: bytes, context: Context) -> Reply:
         tokenizer, hello = self._tokenizer(), self._service.hello

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from ..async_answers import AsyncAnswers, Stream
 from ..build import tokenizer_of
 from ..config import SamplingParams, StructuredOutputsParams
 from ..errors import RequestError
 from ..metrics import RequestMetrics
-from ..outputs import Logprob, RequestOutput
+from ..outputs import EmbeddingOutput, Logprob, RequestOutput
 from ..prompts import EncodedPrompt
 from ..text.tool_messages import ToolStyle, style_of
 from . import wire
@@ -27,6 +28,8 @@ from .tracing import Tracer
 
 log = logging.getLogger("pelton.server")
 
+_T = TypeVar("_T")
+
 #: Characters beyond which a prompt is turned into tokens in a thread, so that others' streams do not stand still.
 LONG_TEXT = 4096
 
@@ -39,6 +42,11 @@ _SAME_NAMES = (
 )  # fmt: skip
 
 
+async def off_loop(size: int, work: Callable[[], _T]) -> _T:
+    """Do what takes time in proportion to ``size``, of characters or tokens, where it holds no stream up."""
+    return work() if size <= LONG_TEXT else await asyncio.to_thread(work)
+
+
 class RemoteAnswers(AsyncAnswers):
     """The text side of engines in other processes."""
 
@@ -49,10 +57,7 @@ class RemoteAnswers(AsyncAnswers):
 
 
 class Job:
-    """One request to the engines, whose pieces a handler reads. Counts what its usage says.
-
-    finished: by choice.
-    """
+    """One request to the engines, whose pieces a handler reads. Counts what its usage says."""
 
     def __init__(self, service: Service, context: Context, given: EncodedPrompt, params: SamplingParams) -> None:
         self.context = context
@@ -77,10 +82,10 @@ class Job:
 
     def open(self, options: dict[str, Any], ready: Callable[[], None]) -> None:
         """Begin to stream; ``ready`` is called when there is something to take."""
+        self._begin()
         self._stream = self._service.answers.open(
             self.given, self.params, ready, arrival_time=self.context.arrival_time, **options
         )
-        self._begin()
 
     def take(self) -> Iterator[RequestOutput]:
         """What is new of a stream. A choice that ends without an answer raises an HttpError."""
@@ -105,12 +110,29 @@ class Job:
 
     async def complete(self, options: dict[str, Any]) -> RequestOutput:
         """All of it, when it is there."""
-        self._begin()
-        try:
+        with self._waiting():
             output = await self._service.answers.generate(
                 self.given, self.params, arrival_time=self.context.arrival_time, **options
             )
             self._count(output)
+        self.prompt_logprobs = output.prompt_logprobs
+        return output
+
+    async def embed(self, options: dict[str, Any]) -> EmbeddingOutput:
+        """The embedding of the prompt."""
+        with self._waiting():
+            output = await self._service.answers.embed(self.given, arrival_time=self.context.arrival_time, **options)
+            if output.metrics is not None and self._observed is not None:
+                self._metrics = output.metrics
+                self._observed.finished(output.metrics, "stop")
+        return output
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Begin; and end when the answer is there, or with why there is none."""
+        self._begin()
+        try:
+            yield
         except BusyError as error:
             told = self._busy(error)
             self._end(told)
@@ -119,8 +141,6 @@ class Job:
             self._end(error)
             raise
         self._end(None)
-        self.prompt_logprobs = output.prompt_logprobs
-        return output
 
     def _busy(self, error: BusyError) -> HttpError:
         """Other API processes have filled the queue."""
@@ -262,8 +282,8 @@ class Service:
         raise HttpError(404, f"there is no model {model!r}; this server has {known}", param="model",
                         code="model_not_found")  # fmt: skip
 
-    def check_room(self, prompts: int = 1) -> None:
-        """See that the queue has room, before work is spent on a request.
+    def check_room(self, prompts: int = 1, name: str = "prompt") -> None:
+        """See that the queue has room, before work is spent on a request. name: of the field that they come from.
 
         Raises:
             HttpError: 429, it is full; 400, there would never be room for so many prompts.
@@ -273,8 +293,8 @@ class Service:
             n * seats + self.config.max_queue for n in (self.replicas.num_ready, len(self.replicas.replicas))
         )
         if prompts > most:
-            text = f"prompt has {prompts} items, and the queue has room for {most}; give fewer, or raise --max-queue"
-            raise HttpError(400, text, param="prompt", code="invalid_value")
+            text = f"{name} has {prompts} items, and the queue has room for {most}; give fewer, or raise --max-queue"
+            raise HttpError(400, text, param=name, code="invalid_value")
         if self.replicas.num_unfinished + prompts > limit:
             self.observability.rejected("queue_full")
             raise HttpError(429, f"{self.replicas.num_unfinished} requests are running or waiting; ask again later",
@@ -323,6 +343,7 @@ class Service:
         special: add the model's special tokens to texts; None: yes.
 
         Raises:
+            HttpError: the queue has no room for them.
             RequestError: they are none or too many, or of different kinds.
         """
         if isinstance(given, str):
@@ -332,25 +353,26 @@ class Service:
         limit = self.config.max_prompts
         if not 1 <= len(items) <= limit:
             raise RequestError(f"{name} has {len(items)} items", f"give 1 to {limit}")
-        prompts = []
-        for item in items:
-            if isinstance(item, str):
-                prompt = EncodedPrompt(item, await self.encode(item, special is not False), False)
-            elif isinstance(item, list):
-                prompt = EncodedPrompt(None, item, False)
-            else:
-                raise RequestError(f"{name} mixes token ids with texts or lists", "give a text, token ids, or a list")
+        self.check_room(len(items), name)
+        if not all(isinstance(item, (str, list)) for item in items):
+            raise RequestError(f"{name} mixes token ids with texts or lists", "give a text, token ids, or a list")
+        encoded = iter(await self.encode([item for item in items if isinstance(item, str)], special is not False))
+        prompts = [
+            EncodedPrompt(item, next(encoded), False) if isinstance(item, str) else EncodedPrompt(None, item, False)
+            for item in items
+        ]
+        for prompt in prompts:
             prompt.cache_salt = cache_salt or ""
-            prompts.append(prompt)
         return prompts
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The tokens of a text."""
+    async def encode(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """The tokens of each text."""
+        if not texts:
+            return []
         if self.tokenizer is None:
             raise RequestError("the model has no tokenizer", "give prompts as token ids")
-        if len(text) <= LONG_TEXT:
-            return list(self.tokenizer.encode(text, add_special_tokens))
-        return list(await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens))
+        size = sum(map(len, texts))
+        return await off_loop(size, lambda: list(self.tokenizer.encode_batch(texts, add_special_tokens)))
 
 
 def _structure(format: ResponseFormat | None, structured: StructuredOutputs | None) -> StructuredOutputsParams | None:

@@ -15,6 +15,7 @@ from ..version import installed_version
 from .http import Context
 
 _NS = 1_000_000_000
+_OPERATIONS = {"/v1/completions": "text_completion", "/v1/embeddings": "embeddings"}
 
 
 class Tracer:
@@ -55,7 +56,7 @@ class Tracer:
 
         parent = self._propagator.extract({"traceparent": context.header(b"traceparent") or ""})
         attributes: dict[str, Any] = {
-            "gen_ai.operation.name": "chat" if "chat" in context.scope["path"] else "text_completion",
+            "gen_ai.operation.name": _OPERATIONS.get(context.scope["path"], "chat"),
             "gen_ai.request.model": self._model,
             "gen_ai.response.id": context.request_id,
             "gen_ai.response.finish_reasons": [reason],

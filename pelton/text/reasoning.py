@@ -6,7 +6,7 @@ or close the thinking there on behalf of the model (Qwen3 closes it at once with
 
 In some vocabularies the markers are special tokens ([THINK] of Mistral's, <|channel> of Gemma's), which vanish when
 special tokens are skipped in detokenization. Whoever detokenizes must look ``marker_texts`` up in
-``Tokenizer.special_token_ids`` and keep special tokens (``skip_special_tokens=False``) if one is among them.
+``Tokenizer.special_token_id`` and keep special tokens (``skip_special_tokens=False``) if one is among them.
 
 Newlines around the markers are no part of either text, as the templates themselves hold when they render an earlier
 turn: those behind the opening and before the closing marker, and those between the closing marker and the answer.
@@ -14,7 +14,6 @@ turn: those behind the opening and before the closing marker, and those between 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -151,12 +150,3 @@ class ReasoningSplitter:
         if final or self._state == "closed":
             self._spaces.clear()  # those before the closing marker, or the end
         return rest
-
-
-def join_pieces(pieces: Iterable[Piece]) -> tuple[str | None, str]:
-    """(reasoning or None, content) of all pieces of an answer."""
-    thought: list[str] = []
-    said: list[str] = []
-    for kind, text in pieces:
-        (thought if kind == "reasoning" else said).append(text)
-    return "".join(thought) if thought else None, "".join(said)

@@ -2,7 +2,7 @@
 
 A format is found in the chat template, which tells the model how to call, or chosen by a name that vLLM's users know.
 In some vocabularies a format's markers are special tokens, which vanish when special tokens are skipped in
-detokenization: look ``marker_texts`` up in ``Tokenizer.special_token_ids``.
+detokenization: look ``marker_texts`` up in ``Tokenizer.special_token_id``.
 """
 
 from __future__ import annotations

@@ -54,6 +54,9 @@ class FakeTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return ids_of(text)
 
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        return [ids_of(text) for text in texts]
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return text_of(ids)
 

@@ -17,7 +17,7 @@ TEXTS = ["A cat sits on the mat.", "A kitten lies on the rug.", "Interest rates 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    with pelton_serve("--max-model-len", "256", "--no-access-log") as running:
+    with pelton_serve("--max-model-len", "256", "--no-access-log", "--slo", "ttft=10s") as running:
         yield running
 
 
@@ -48,3 +48,23 @@ def test_formats_dimensions_and_pooling(server: Running) -> None:
 def test_a_deadline_that_is_over_is_a_504(server: Running) -> None:
     reply = server.ask("/v1/embeddings", {"input": "hello", "timeout": 1e-9})
     assert reply.status == 504 and reply.json["error"]["code"] == "deadline"
+
+
+def test_embeddings_are_counted_as_what_they_are(server: Running) -> None:
+    def count(name: str) -> float:
+        lines = server.ask("/metrics").body.decode().splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"pelton:{name}{{"))
+
+    names = ("request_success_total", "requests_rejected_total", "request_failures_total", "slo_requests_total")
+    before = {name: count(name) for name in names}
+    assert server.ask("/v1/embeddings", {"input": ["hello", "you"]}).status == 200
+    assert server.ask("/v1/embeddings", {"input": "too long " * 300}).status == 400
+    gained = {name: count(name) - value for name, value in before.items()}
+    # They have no first token that could come in time.
+    assert gained == {"request_success_total": 2, "requests_rejected_total": 1, "request_failures_total": 0,
+                      "slo_requests_total": 0}  # fmt: skip
+
+
+def test_more_inputs_than_the_queue_ever_holds(server: Running) -> None:
+    reply = server.ask("/v1/embeddings", {"input": ["a"] * 1000})
+    assert reply.status == 400 and reply.json["error"]["param"] == "input"

@@ -238,6 +238,18 @@ def test_a_key_opens_the_server(locked: Running) -> None:
         assert KEYS[0] not in reply.body.decode()
 
 
+def test_a_long_answer_that_nobody_reads_is_dropped() -> None:
+    with serving(send_timeout=1.0) as server:
+        sleeper = Stream(server, {"prompt": "x" * 4_000_000}, path="/tokenize", receive_buffer=4096)
+        until(lambda: server.gate.num_active == 1)
+        time.sleep(0.5)
+        assert server.gate.num_active == 1, "it has not been sent"
+        until(lambda: not server.gate.num_active)
+        with pytest.raises((OSError, ValueError)):  # it is cut off
+            sleeper.body()
+        assert server.ask("/tokenize", {"prompt": "x" * 4_000_000}).json["count"] == 4_000_000
+
+
 def test_what_needs_no_key(locked: Running) -> None:
     for path in ("/health", "/ready", "/metrics", "/version", "/", "/dashboard", "/openapi.json"):
         assert locked.ask(path).status == 200, path

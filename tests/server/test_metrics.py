@@ -128,6 +128,8 @@ def test_metrics_add_up(server: Running, zones: Zones) -> None:
         stream.leave()
     assert server.ask("/v1/completions", {"prompt": "d", "timeout": 0.02, "max_tokens": 400}).status == 504
     assert server.ask("/v1/completions", {"prompt": "d" * 3000}).status == 413
+    for stream in (True, False):
+        assert server.ask("/v1/completions", {"prompt": [10**6], "stream": stream}).status == 400
     after = quiet(server)
 
     def gained(name: str, **labels: str) -> float:
@@ -137,6 +139,7 @@ def test_metrics_add_up(server: Running, zones: Zones) -> None:
     assert gained("request_failures_total", reason="abort") == 4
     assert gained("request_failures_total", reason="error") == 1  # the deadline
     assert gained("requests_rejected_total", reason="queue_full") == 1
+    assert gained("requests_rejected_total", reason="invalid") == 2, "streamed or not"
     once = ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds",
             "request_prefill_time_seconds", "request_decode_time_seconds", "request_generation_tokens")  # fmt: skip
     for name in once:
@@ -144,9 +147,9 @@ def test_metrics_add_up(server: Running, zones: Zones) -> None:
     assert gained("request_time_per_output_token_seconds_count") == sum(output > 1 for _, output, _ in asked)
     assert gained("inter_token_latency_seconds_count") == sum(output - 1 for _, output, _ in asked)
     assert gained("request_generation_tokens_sum") == sum(output for _, output, _ in asked)
-    begun = len(asked) + 5
+    begun = len(asked) + 5 + 2
     assert gained("request_prompt_tokens_count") == gained("request_params_max_tokens_count") == begun
-    assert gained("request_prompt_tokens_sum") == sum(prompt for prompt, _, _ in asked) + 4 * 2 + 1
+    assert gained("request_prompt_tokens_sum") == sum(prompt for prompt, _, _ in asked) + 4 * 2 + 1 + 2
     # Of the engine: what was asked, and what those had got who left.
     assert gained("generation_tokens_total") >= sum(output for _, output, _ in asked) + 4
     assert gained("prompt_tokens_total") >= sum(prompt for prompt, _, _ in asked) + 4 * 2

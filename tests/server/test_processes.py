@@ -116,6 +116,7 @@ def test_an_engine_that_is_killed_is_started_again(server: Running) -> None:
         assert last["error"]["code"] == "engine_unavailable", last
     assert whole.head() == 503 and "retry-after" in whole.headers
     assert server.ask("/ready").status == 503 and server.ask("/health").status == 503
+    assert values(server, "pelton:num_requests_running") == {}, "nobody can know"
     reply = server.ask("/v1/completions", SHORT)
     assert reply.status == 503 and reply.json["error"]["code"] == "engine_unavailable" and reply.headers["retry-after"]
     server.wait_ready(20)

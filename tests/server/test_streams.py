@@ -286,7 +286,7 @@ def test_a_bug_in_the_server_is_a_500_that_tells_nothing(
         raise KeyError("inner secret")
 
     tokenizer = server.built.tokenizer
-    monkeypatch.setattr(tokenizer, "encode", broken)
+    monkeypatch.setattr(tokenizer, "encode_batch", broken)
     with caplog.at_level("ERROR", logger=http.log.name):
         reply = server.ask("/v1/completions", SHORT)
     assert reply.status == 500 and "inner secret" not in reply.body.decode()

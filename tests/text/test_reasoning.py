@@ -11,13 +11,8 @@ from hypothesis import strategies as st
 
 from pelton.text import Tokenizer
 from pelton.text.chat import ChatTemplate
-from pelton.text.reasoning import (
-    REASONING_FORMATS,
-    ReasoningFormat,
-    ReasoningSplitter,
-    join_pieces,
-    reasoning_format,
-)
+from pelton.text.reasoning import REASONING_FORMATS, ReasoningFormat, ReasoningSplitter, reasoning_format
+from tests.helpers.reasoning import join_pieces
 
 THINK = REASONING_FORMATS[0]
 INSIDE = ReasoningFormat("think", "<think>", "</think>", inside=True)

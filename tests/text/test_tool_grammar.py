@@ -18,10 +18,11 @@ from pelton.config import StructuredOutputsParams
 from pelton.engine.structured import Grammar, GrammarCompiler
 from pelton.errors import RequestError
 from pelton.text import Tokenizer
-from pelton.text.reasoning import REASONING_FORMATS, ReasoningSplitter, join_pieces
+from pelton.text.reasoning import REASONING_FORMATS, ReasoningSplitter
 from pelton.text.tool_calls import Call, ToolCallParser, collect
 from pelton.text.tool_formats import TOOL_FORMATS, Tool, ToolFormat, check_tools
 from pelton.text.tool_grammar import thinking_then_json, tool_choice_grammar
+from tests.helpers.reasoning import join_pieces
 
 from .tool_answers import TOOLS, function
 
