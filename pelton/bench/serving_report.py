@@ -189,8 +189,6 @@ def found_text(found: Mapping[str, Any]) -> str:
     text += f"; there {best['met']} of {best['total']} requests met it, 95 % interval {low:.1%} to {high:.1%}"
     if best["verdict"] != "sure":
         text += f", which includes less than {found['needed_attainment']:.1%}: more --num-prompts would make it sure"
-    if not found["is_consistent"]:
-        text += "; a lower rate missed it, so the machine was not steady"
     return text
 
 

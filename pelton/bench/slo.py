@@ -113,13 +113,6 @@ class FoundRate:
     attainment: float
     reason: str
 
-    @property
-    def is_consistent(self) -> bool:
-        """No rate failed below one that passed."""
-        passed = [t.rate for t in self.trials if t.passes(self.attainment)]
-        failed = [t.rate for t in self.trials if not t.passes(self.attainment)]
-        return not passed or not failed or max(passed) < min(failed)
-
     def row(self) -> dict[str, object]:
         trials = [
             {
@@ -135,7 +128,6 @@ class FoundRate:
             "highest_rate": self.highest,
             "lowest_failed_rate": self.lowest_failed,
             "needed_attainment": self.attainment,
-            "is_consistent": self.is_consistent,
             "reason": self.reason,
             "trials": trials,
         }
