@@ -395,6 +395,8 @@ vllm:prefix_cache_hits_total{{engine="0"}} {hits}
 vllm:num_preemptions_total{{engine="0"}} 1.0
 vllm:num_preemptions_total{{engine="1"}} 2.0
 vllm:kv_cache_usage_perc{{engine="0"}} {use} 1395066363000
+vllm:energy_joules_total{{engine="0"}} {queries}
+vllm:energy_joules_total{{engine="1"}} {queries}
 vllm:time_to_first_token_seconds_sum 1.5
 vllm:time_to_first_token_seconds_count {hits}
 python_gc_objects_collected_total 9
@@ -402,19 +404,24 @@ vllm:num_requests_running NaN
 """
 
 
-def test_metrics_are_differences_and_extremes() -> None:
-    pages = iter([METRICS.format(queries=100, hits=10, use=0.5), METRICS.format(queries=300, hits=110, use=0.25)])
+@pytest.mark.parametrize(("uses", "most", "mean"), [((0.5, 0.25), 0.5, 0.375), ((0.9, 0.5, 0.25, 0.0), 0.5, 0.375)])
+def test_metrics_are_differences_and_extremes(uses: tuple[float, ...], most: float, mean: float) -> None:
+    """Gauges are those during the run, if there was a look then. Energy is of the machine, whoever exports it."""
+    last = len(uses) - 1
+    pages = iter([METRICS.format(queries=100 + 200 * (i == last), hits=10 + 100 * (i == last), use=use)
+                  for i, use in enumerate(uses)])  # fmt: skip
 
     async def main() -> dict[str, Any] | None:
         async with ServerMetrics(HttpClient(server.url)) as metrics:
-            pass
+            for _ in uses[1:-1]:
+                await metrics._look()
         return metrics.row()
 
     with ScriptedServer(metrics=lambda: next(pages)) as server:
         got = run_in_loop(main)
     assert got == {
-        "prefix_cache_queries": 200.0, "prefix_cache_hits": 100.0, "preemptions": 0.0, "kv_use_max": 0.5,
-        "kv_use_mean": 0.375, "ttft_ms_mean": 0.0, "prefix_hit_rate": 0.5,
+        "prefix_cache_queries": 200.0, "prefix_cache_hits": 100.0, "preemptions": 0.0, "joules": 200.0,
+        "kv_use_max": most, "kv_use_mean": mean, "ttft_ms_mean": 0.0, "prefix_hit_rate": 0.5,
     }  # fmt: skip
 
 
