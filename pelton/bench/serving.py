@@ -17,6 +17,7 @@ from .load_client import Control, Record, Run, Sender, closed_loop, open_loop
 from .mlperf import MlperfResult, MlperfSettings, run_mlperf
 from .openai_api import INSTEAD, OPTIONAL, Api, error_text
 from .server_metrics import ServerMetrics
+from .serving_report import load_label
 from .slo import FoundRate, Slo, Trial, find_rate
 from .workloads import Arrivals, Workload, WorkloadRequest
 
@@ -55,12 +56,7 @@ class Load:
 
     @property
     def label(self) -> str:
-        if self.scenario is not None:
-            return f"MLPerf {self.scenario}"
-        if self.concurrency is not None:
-            return f"{self.concurrency} at a time"
-        assert self.arrivals is not None
-        return "all at once" if self.arrivals.rate == math.inf else f"{self.arrivals.rate:.4g}/s"
+        return load_label(self.row())
 
     def row(self) -> dict[str, Any]:
         if self.scenario is not None:
@@ -145,7 +141,6 @@ class Target:
     api: Api
     timeout: float
     tokenizer: Tokenizer
-    server: str | None = None
     notes: list[str] = field(default_factory=list)
 
     def sender(self) -> Sender:

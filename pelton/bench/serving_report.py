@@ -61,6 +61,7 @@ def check_plots() -> None:
 
 
 def load_label(load: Mapping[str, Any]) -> str:
+    """load: its row in a document."""
     if load["kind"] == "mlperf":
         return f"MLPerf {load['scenario']}"
     if load["kind"] == "closed":

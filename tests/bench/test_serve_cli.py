@@ -108,7 +108,7 @@ def test_prompts_of_a_file_are_sent_as_they_are(tmp_path: Path) -> None:
     [
         (("cache_salt",), ["cache_salt is not sent"]),
         (("ignore_eos", "min_tokens"), ["min_tokens is not sent", "ignore_eos is not sent"]),
-        (("ids", "stream_options"), ["prompts are sent as text", "no usage"]),
+        (("ids", "stream_options"), ["prompts are sent as text", "stream_options is not sent", "no usage"]),
         (("500", "ids"), ["prompts are sent as text"]),
         (("cache_salt", "min_tokens", "ignore_eos", "ids"), ["cache_salt", "min_tokens", "ignore_eos", "as text"]),
     ],
