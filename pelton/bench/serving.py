@@ -104,9 +104,9 @@ class Prompts:
         self._plain = plain
         self._is_random = workload.settings["dataset"] in ("random", "shared-prefix")
 
-    def of_run(self, number: int, api: Api) -> list[WorkloadRequest]:
-        """number: of the run; the same number gives the same prompts."""
-        requests = list(self.workload.requests)
+    def of_run(self, number: int, api: Api, count: int | None = None) -> list[WorkloadRequest]:
+        """number: of the run; the same number gives the same prompts. count: only the first ones."""
+        requests = list(self.workload.requests[:count])
         if self._is_random:
             requests = [replace(r, prompt_token_ids=self._shifted(r.prompt_token_ids, number)) for r in requests]
         if api.endpoint == "chat":
@@ -148,16 +148,17 @@ class Target:
         api = replace(self.api, salt=uuid.uuid4().hex) if "cache_salt" in self.api.sent else self.api
         return Sender(self.client, api, self.timeout, self.tokenizer)
 
-    async def probe(self, request: WorkloadRequest, requests: Callable[[Api], WorkloadRequest]) -> float:
+    async def probe(self, asked: Callable[[Api], WorkloadRequest]) -> float:
         """Ask for a few tokens and do without what the server refuses. Seconds that the answer took.
 
-        request, requests: of the workload; as it is, and as it is sent under an Api.
+        asked: a request of the workload as it is sent under an Api.
 
         Raises:
             PeltonError: the server cannot be asked; the message says what it answered.
         """
         api = replace(self.api, salt=uuid.uuid4().hex)
-        first = await self._ask(api, requests)
+        request = asked(api)
+        first = await self._ask(api, request)
         record = first
         if first.http_status in _REFUSALS:
             used = [name for name in OPTIONAL if api.uses(name, request)]
@@ -165,7 +166,7 @@ class Target:
             attempts = [{name} for name in used] + [set(used[:n]) for n in range(2, len(used) + 1)]
             for dropped in attempts:
                 attempt = replace(api, sent=api.sent - dropped)
-                record = await self._ask(attempt, requests)
+                record = await self._ask(attempt, asked(attempt))
                 if record.http_status not in _REFUSALS:
                     if record.is_ok:
                         self.api = replace(self.api, sent=attempt.sent)
@@ -177,8 +178,7 @@ class Target:
             self.notes.append("the server reports no usage: tokens are counted with the local tokenizer")
         return record.end - record.sent
 
-    async def _ask(self, api: Api, requests: Callable[[Api], WorkloadRequest]) -> Record:
-        request = requests(api)
+    async def _ask(self, api: Api, request: WorkloadRequest) -> Record:
         params = replace(request.params, max_tokens=min(request.max_tokens, _PROBE_TOKENS), min_tokens=0)
         sender = Sender(self.client, api, self.timeout, self.tokenizer)
         return await sender.send(0, replace(request, params=params))
@@ -225,7 +225,7 @@ async def served_models(client: HttpClient) -> list[ServedModel]:
     try:
         listed = json.loads(body)["data"] if status == 200 else []
         return [_served(model) for model in listed]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         return []
 
 
@@ -270,10 +270,9 @@ class Bench:
         """
         if not count:
             return
-        requests = self._next()[:count]
         short = [
             replace(r, params=replace(r.params, max_tokens=min(r.max_tokens, _WARMUP_TOKENS), min_tokens=0))
-            for r in requests
+            for r in self._next(count)
         ]
         run = await closed_loop(self.target.sender().send, short, min(4, count), control=self.control)
         if not run.ok and run.records and not self.control.interrupted:
@@ -338,9 +337,9 @@ class Bench:
 
         return await find_rate(trial, start, needed=slo.attainment, max_runs=max_runs, precision=precision)
 
-    def _next(self) -> list[WorkloadRequest]:
+    def _next(self, count: int | None = None) -> list[WorkloadRequest]:
         self._runs += 1
-        return self.prompts.of_run(self._runs, self.target.api)
+        return self.prompts.of_run(self._runs, self.target.api, count)
 
 
 def prepare_requests(workload: Workload, ignore_eos: bool | None) -> Workload:
@@ -377,7 +376,10 @@ def run_in_loop(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
         loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
     except ImportError:
         loop = asyncio.new_event_loop()
+    task = loop.create_task(main())
     try:
-        return loop.run_until_complete(main())
+        return loop.run_until_complete(task)
     finally:
+        task.cancel()  # after Ctrl-C it has connections to close, which takes the loop
+        loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
         loop.close()

@@ -40,7 +40,7 @@ def compare(files: tuple[str, ...], names: str | None, html_file: str | None) ->
     out = console()
     for name, document in zip(serving_report.labels(documents), documents, strict=True):
         for said in (*serving_report.problems(document), *document["notes"]):
-            out.print(f"[yellow]{name}: {said}[/yellow]", soft_wrap=True)
+            out.print(f"{name}: {said}", style="yellow", markup=False, soft_wrap=True)
     differing = sorted({key for d in documents for key in {**d["workload"], **documents[0]["workload"]}
                         if d["workload"].get(key) != documents[0]["workload"].get(key)})  # fmt: skip
     if differing:

@@ -158,8 +158,9 @@ class Plan:
         for name, value, least, most in (
             ("warmup", given["warmup"], 0, 1000),
             ("find-runs", given["find_runs"], 1, 100),
+            ("mlperf-min-queries", given["mlperf_min_queries"], 1, 1 << 32),
         ):
-            if not least <= value <= most:
+            if value is not None and not least <= value <= most:
                 raise PeltonError(f"--{name} is {value}", f"give a whole number from {least} to {most}")
         for name, seconds in (("timeout", given["timeout"]), ("duration", duration),
                               ("mlperf-min-duration", given["mlperf_min_duration"]),
@@ -228,8 +229,6 @@ class _Session:
         plan = self._plan
         headers = {"Authorization": f"Bearer {plan.api_key}"} if plan.api_key else {}
         client, control = HttpClient(plan.base_url, headers), Control()
-        with suppress(NotImplementedError, RuntimeError, ValueError):  # not the main thread, or Windows
-            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, _interrupt, control)
         try:
             model = serving.choose_model(await serving.served_models(client), plan.model, client.base_url)
             tokenizer, where, notes = _tokenizer(plan.tokenizer, model)
@@ -238,9 +237,12 @@ class _Session:
             workload = self._workload(model, tokenizer)
             prompts = serving.Prompts(workload, tokenizer, serving.plain_ids(tokenizer))
             openai_api.check_sendable(workload.requests)
-            seconds = await target.probe(prompts.of_run(0, api)[0], lambda api: prompts.of_run(0, api)[0])
+            seconds = await target.probe(lambda api: prompts.of_run(0, api, 1)[0])
             bench = serving.Bench(target, prompts, control, plan.server_metrics, self._output.on_record)
             self._output.begin(bench, workload, plan, where)
+            # Until here Ctrl-C is Python's: nothing is measured, and a workload is made without a look at the loop.
+            with suppress(NotImplementedError, RuntimeError, ValueError):  # not the main thread, or Windows
+                asyncio.get_running_loop().add_signal_handler(signal.SIGINT, _interrupt, control)
             if plan.scenario is not None:
                 await self._mlperf(bench)
                 return

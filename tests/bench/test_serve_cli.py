@@ -146,6 +146,7 @@ def test_failures_come_first(tmp_path: Path) -> None:
         ([], {"key": "secret"}, "refuses the key (401); give --api-key"),
         (["--endpoint", "chat"], {"endpoints": ("/v1/completions",)}, "there is no http://127.0.0.1"),
         ([], {"models": ()}, "lists no model"),
+        ([], {"listed": ["a"]}, "lists no model"),
         ([], {"script": Script(fault="http:500")}, "does not answer a first request (500: as the script says)"),
         ([], {"script": Script(fault="json")}, "no event stream"),
         (["--timeout", "0.2"], {"script": Script(fault="hang")}, "did not answer within 0.2 s"),
@@ -182,6 +183,11 @@ def test_nothing_listens() -> None:
         (["--warmup", "-1"], "--warmup is -1"),
         (["--scenario", "server", "--request-rate", "1"], "give --target-qps"),
         (["--base-url", "ftp://x"], "--base-url is 'ftp://x'"),
+        (["--base-url", "http://a..b:8000"], "no connection to http://a..b:8000"),
+        (["--base-url", f"http://{64 * 'a'}:8000"], "no connection to http://aaa"),
+        (["--api-key", "clé–"], "check --api-key"),
+        (["--api-key", "key\n"], "check --api-key"),
+        (["--scenario", "offline", "--mlperf-min-queries", "-1"], "--mlperf-min-queries is -1"),
         (["--json", "/nowhere/x.json"], "cannot write /nowhere/x.json"),
     ],
     ids=str,
@@ -223,6 +229,19 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
     (run,) = document["runs"]
     assert not document["complete"] and run["stopped"] == "Ctrl-C"
     assert run["num_ok"] == 8 and run["failed"] == {"cancelled": 2} and "the run ended early: Ctrl-C" in stdout
+
+
+def test_ctrl_c_before_the_load_ends_at_once() -> None:
+    with ScriptedServer(Script(fault="hang")) as server:
+        arguments = ["bench", "serve", "--base-url", server.url, *SMALL]
+        code = "from pelton.cli.main import main; main()"
+        process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 30
+        while not server.seen and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=20)
+    assert (process.returncode, stderr) == (130, "")
 
 
 # The search
@@ -268,6 +287,15 @@ def test_servers_are_compared_in_one_page(tmp_path: Path) -> None:
     Path(files[1]).write_text("[]")
     result = CliRunner().invoke(command_line, ["bench", "compare", *map(str, files)])
     assert result.exit_code == 2 and "is no result of a served load" in result.stderr
+
+
+def test_names_are_no_markup(tmp_path: Path) -> None:
+    with ScriptedServer(models=("[red]a[/b]",)) as server:
+        served(server, tmp_path, "--max-concurrency", "1,4")
+    file = str(tmp_path / "out.json")
+    result = CliRunner().invoke(command_line, ["bench", "compare", file, file, "--label", "[x],[/y]"])
+    assert result.exit_code == 0 and "that of [red]a[/b] is not here" in result.stdout, result.output
+    assert {"[x]", "[/y]"} <= {line.split(" ")[0] for line in result.stdout.splitlines()}
 
 
 def test_the_page_is_whole_in_itself_and_opens_in_a_browser(tmp_path: Path) -> None:
@@ -346,6 +374,18 @@ def test_a_verdict_on_failed_requests_is_void(tmp_path: Path) -> None:
             "--mlperf-logs", tmp_path / "logs",
         )  # fmt: skip
     assert document["runs"][0]["failed"]["http"] >= 2 and "took them for answered: void" in result.stdout
+
+
+def test_a_failure_in_loadgens_thread_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loadgen = pytest.importorskip("mlperf_loadgen")
+
+    def fail(*_: Any) -> None:
+        raise ValueError("not these settings")
+
+    monkeypatch.setattr(loadgen, "StartTestWithLogSettings", fail)
+    with ScriptedServer() as server:
+        result = serve(server, "--scenario", "offline", "--mlperf-logs", tmp_path)
+    assert isinstance(result.exception, ValueError)
 
 
 def test_ctrl_c_ends_loadgen(tmp_path: Path) -> None:
