@@ -320,6 +320,19 @@ class Bench:
             self.measured.append(done)
         return done
 
+    def notes(self) -> list[str]:
+        """What is to be known of the loads that were sent, besides the target's notes."""
+        again = [each for each in self.measured if len({r.index for r in each.run.records}) < len(each.run.records)]
+        short = [each for each in self.measured if each.load.arrivals is not None and each.run.stopped is None
+                 and each.load.arrivals.rate < math.inf and each.load.duration < math.inf
+                 and len(each.run.records) == len(self.prompts.workload.requests)]  # fmt: skip
+        said = []
+        if again and "cache_salt" not in self.target.api.sent:
+            said.append(f"{_labels(again)}: prompts were repeated, so they may come from the prefix cache")
+        if short:
+            said.append(f"{_labels(short)}: all requests were sent before the duration was over: raise --num-prompts")
+        return said
+
     async def sweep(self, loads: Sequence[Load]) -> None:
         for load in loads:
             if self.control.reason is None:
@@ -340,6 +353,10 @@ class Bench:
     def _next(self, count: int | None = None) -> list[WorkloadRequest]:
         self._runs += 1
         return self.prompts.of_run(self._runs, self.target.api, count)
+
+
+def _labels(measured: Sequence[Measured]) -> str:
+    return ", ".join(each.load.label for each in measured)
 
 
 def prepare_requests(workload: Workload, ignore_eos: bool | None) -> Workload:

@@ -87,8 +87,9 @@ def serve(
     batch jobs do, and the way to a server's throughput at a given load. Latencies are taken where the socket is read;
     the client measures how late it was itself and says so when its figures cannot be trusted.
 
-    Every run sends other random tokens and another cache_salt, so that no run finds the prompts of an earlier one in
-    the server's prefix cache. Conversations and --prompts are the same each time: look at "cached" in the report.
+    No request finds its own prompt of earlier in the server's prefix cache: every run sends other random tokens and
+    another cache_salt, and a request that a run repeats (--duration, --scenario) has another one each time. A server
+    that takes no cache_salt may know repeats, conversations and --prompts: look at "cached" in the report.
 
     Ctrl-C stops and keeps what was measured. docs/benchmarking.md has all definitions.
 
@@ -190,7 +191,7 @@ class Plan:
         lasting = math.inf if duration is None else duration
         if duration is not None and request_rate is not None and math.isfinite(max(rates)):
             expected = max(rates) * duration
-            asked.at_least(math.ceil(expected + 4 * math.sqrt(expected)) + 1)
+            asked.at_least(math.ceil(expected + 4 * math.sqrt(expected / min(1.0, burstiness))) + 1)
         if max_concurrency is not None:
             loads = [Load(concurrency=n, duration=lasting) for n in options.numbers("max-concurrency", max_concurrency)]
         else:

@@ -122,7 +122,7 @@ class Output:
             },
             "workload": dict(self._workload.settings),
             "slo": None if self._slo is None else {**self._slo.limits_ms, "attainment": self._slo.attainment},
-            "notes": target.notes,
+            "notes": [*target.notes, *bench.notes()],
             "complete": bench.control.reason is None,
             "runs": [row(measured, self._slo) for measured in bench.measured],
         }
@@ -138,6 +138,8 @@ class Output:
             return
         document = self.document()
         self._write_json(json.dumps(document) + "\n")  # without indents: it has a number for every token
+        for note in self._bench.notes():
+            self._out.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
         print_document(self._out, document)
         if self._write_html is not None:
             from ..bench.serving_report import page

@@ -77,6 +77,25 @@ def test_a_sweep_has_a_line_for_each_and_other_prompts_in_each(tmp_path: Path) -
     assert len(table) == 3 and max(map(len, table)) <= 80
 
 
+@pytest.mark.parametrize("refuses", [(), ("cache_salt",)])
+def test_repeats_have_a_salt_of_their_own_or_are_told(tmp_path: Path, refuses: tuple[str, ...]) -> None:
+    with ScriptedServer(Script(ttft=0.005), refuses=refuses) as server:
+        document, result = served(server, tmp_path, "--max-concurrency", 2, "--duration", 0.3, "--warmup", 0)
+    count, said = document["runs"][0]["num_requests"], "2 at a time: prompts were repeated"
+    assert count > 12 and (said in result.stdout) == any(said in n for n in document["notes"]) == bool(refuses)
+    sent = {(tuple(seen.body["prompt"]), seen.body.get("cache_salt")) for seen in server.seen}
+    assert len(sent) == (13 if refuses else 1 + count)
+
+
+def test_an_open_loop_that_runs_out_of_requests_says_so(tmp_path: Path) -> None:
+    with ScriptedServer() as server:
+        document, result = served(server, tmp_path, "--request-rate", "200", "--duration", "5")
+        said = "200/s: all requests were sent before the duration was over"
+        assert said in result.stdout and said in document["notes"][-1]
+        document, result = served(server, tmp_path, "--request-rate", "200", "--duration", "0.02")
+    assert "before the duration" not in result.stdout and document["runs"][0]["num_requests"] < 12
+
+
 def test_chat_gets_texts_of_as_many_tokens(tmp_path: Path) -> None:
     with ScriptedServer() as server:
         document, _ = served(server, tmp_path, "--endpoint", "chat", "--max-concurrency", 2)
@@ -350,6 +369,7 @@ def test_loadgen_gets_an_answer_to_everything(tmp_path: Path, scenario: str, opt
         )  # fmt: skip
     (run,) = document["runs"]
     said = document["mlperf"]
+    assert len({(str(s.body["prompt"]), s.body["cache_salt"]) for s in server.seen}) == len(server.seen)
     assert run["num_ok"] == run["num_requests"] >= 10 and len(server.seen) == run["num_requests"] + 3
     assert said["result"] in ("VALID", "INVALID") and f"MLPerf LoadGen: {said['result']}" in result.stdout
     assert {p.name for p in (tmp_path / "logs").iterdir()} >= {"mlperf_log_summary.txt", "mlperf_log_detail.txt"}
