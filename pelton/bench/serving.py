@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import math
 import uuid
@@ -102,7 +103,7 @@ class Prompts:
         self.workload = workload
         self._tokenizer = tokenizer
         self._plain = plain
-        self._is_random = workload.settings["dataset"] in ("random", "shared-prefix")
+        self._is_random = _is_random(workload)
 
     def of_run(self, number: int, api: Api, count: int | None = None) -> list[WorkloadRequest]:
         """number: of the run; the same number gives the same prompts. count: only the first ones."""
@@ -360,11 +361,23 @@ def _labels(measured: Sequence[Measured]) -> str:
 
 
 def prepare_requests(workload: Workload, ignore_eos: bool | None) -> Workload:
-    """ignore_eos: for all requests; None: as the workload has it."""
-    if ignore_eos is None:
-        return workload
-    requests = tuple(replace(r, params=replace(r.params, ignore_eos=ignore_eos)) for r in workload.requests)
-    return replace(workload, requests=requests)
+    """With ``sha256`` among its settings, for comparisons: files may change under the same options.
+
+    ignore_eos: for all requests; None: as the workload has it.
+    """
+    requests = workload.requests
+    if ignore_eos is not None:
+        requests = tuple(replace(r, params=replace(r.params, ignore_eos=ignore_eos)) for r in requests)
+    digest = hashlib.sha256()
+    for r in requests:
+        # Random tokens are others in every run and for every tokenizer: only their number counts.
+        prompt = len(r.prompt_token_ids) if _is_random(workload) else r.prompt_token_ids
+        digest.update(repr((prompt, r.max_tokens, r.params.ignore_eos)).encode())
+    return replace(workload, requests=requests, settings={**workload.settings, "sha256": digest.hexdigest()})
+
+
+def _is_random(workload: Workload) -> bool:
+    return workload.settings["dataset"] in ("random", "shared-prefix")
 
 
 def parse_extra_body(text: str | None) -> dict[str, Any]:

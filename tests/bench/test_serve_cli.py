@@ -299,10 +299,14 @@ def test_servers_are_compared_in_one_page(tmp_path: Path) -> None:
     text = out.read_text()
     assert "fast vs slow" in text and text.count("<svg") >= 3
     other = json.loads(Path(files[1]).read_text())
-    other["workload"]["input_len"] = 7
+    del other["workload"]["sha256"]  # as earlier versions wrote it
+    Path(files[1]).write_text(json.dumps(other))
+    assert "differ" not in CliRunner().invoke(command_line, ["bench", "compare", *map(str, files)]).stdout
+    other["workload"] |= {"input_len": 7, "sha256": "00"}
+    other |= {"slo": {"ttft": 1.0, "attainment": 0.9}, "target": {**other["target"], "extra_body": {"top_k": 1}}}
     Path(files[1]).write_text(json.dumps(other))
     result = CliRunner().invoke(command_line, ["bench", "compare", *map(str, files)])
-    assert "the workloads differ in input_len" in result.stdout
+    assert "the workloads differ in extra_body, input_len, sha256, slo:" in result.stdout
     Path(files[1]).write_text("[]")
     result = CliRunner().invoke(command_line, ["bench", "compare", *map(str, files)])
     assert result.exit_code == 2 and "is no result of a served load" in result.stderr

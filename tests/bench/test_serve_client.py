@@ -17,10 +17,10 @@ from pelton.bench.http_client import ExchangeError, HttpClient
 from pelton.bench.load_client import Control, Record, Run, Sender, closed_loop, open_loop
 from pelton.bench.openai_api import Api
 from pelton.bench.server_metrics import ServerMetrics, parse
-from pelton.bench.serving import Load, Measured, run_in_loop
+from pelton.bench.serving import Load, Measured, Prompts, prepare_requests, run_in_loop
 from pelton.bench.serving_summary import in_flight, row, summary
 from pelton.bench.slo import Slo
-from pelton.bench.workloads import Arrivals, WorkloadRequest
+from pelton.bench.workloads import Arrivals, Workload, WorkloadRequest
 from pelton.config import SamplingParams
 from pelton.errors import PeltonError
 from tests.helpers.scripted_server import Script, ScriptedServer
@@ -379,6 +379,36 @@ def test_requests_are_written_with_times_after_the_start() -> None:
     assert done["load"] == {"kind": "open", "request_rate": 4.0, "burstiness": 1.0, "duration": None}
     assert done["requests"][1]["chunk_times"] == [1.5, 2.5] and done["requests"][1]["sent"] == 1.0
     assert Load(Arrivals()).row()["request_rate"] is None and Load(concurrency=3).label == "3 at a time"
+
+
+def test_the_digest_of_a_workload_is_of_what_is_asked() -> None:
+    def digest(ids: tuple[int, ...], dataset: str = "prompts", ignore_eos: bool | None = None, **params: Any) -> str:
+        request = WorkloadRequest(ids, SamplingParams(**{"max_tokens": 4, **params}))
+        prepared = prepare_requests(Workload((request,), {"dataset": dataset}), ignore_eos)
+        return str(prepared.settings["sha256"])
+
+    assert digest((1, 2)) == digest((1, 2)) == digest((1, 2), ignore_eos=False)
+    others = [digest((1, 3)), digest((1, 2), max_tokens=5), digest((1, 2), ignore_eos=True)]
+    assert len({digest((1, 2)), *others}) == 4
+    assert digest((1, 2), "random") == digest((3, 4), "random") != digest((1, 2, 3), "random")
+
+
+def test_only_the_prompts_that_are_asked_for_are_made() -> None:
+    made: list[Any] = []
+
+    class Letters(Words):
+        vocab_size, special_token_ids = 9, frozenset[int]()
+
+        def encode_chat(self, messages: Any, *, tools: Any = None) -> list[int]:
+            raise NotImplementedError
+
+        def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+            made.append(ids)
+            return "a " * len(ids)
+
+    prompts = Prompts(Workload(tuple(requests(5)), {"dataset": "random"}), Letters(), range(9))
+    assert len(prompts.of_run(1, Api("chat", "m"), 1)) == len(made) == 1
+    assert len(prompts.of_run(1, Api("chat", "m"))) == 5
 
 
 def test_in_flight_of_nothing() -> None:
