@@ -49,7 +49,6 @@ class Answer:
     text: str = ""
     done: bool = False
     error: dict[str, Any] | None = None
-    retried: bool = False
 
 
 async def ask(

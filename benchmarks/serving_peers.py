@@ -116,13 +116,16 @@ def table(results: dict[str, dict[str, Any]], loads: list[tuple[str, str]]) -> s
                 continue
             what = f"{load[1]} at a time" if load[0] == "--max-concurrency" else f"{load[1]} a second"
             goodput = (run.get("goodput") or {}).get("requests_per_s")
-            lines.append(
-                f"| {what} | {name} | {run['output_tokens_per_s']:.0f} | {run['ttft_ms']['p50']:.0f} |"
-                f" {run['ttft_ms']['p99']:.0f} | {run['tpot_ms']['p50']:.1f} | {run['tpot_ms']['p99']:.1f} |"
-                f" {run['itl_ms']['p99']:.0f} | {'' if goodput is None else f'{goodput:.2f}'} |"
-                f" {run['num_requests'] - run['num_ok']} |"
-            )
+            figures = ((run["output_tokens_per_s"], 0), (run["ttft_ms"]["p50"], 0), (run["ttft_ms"]["p99"], 0),
+                       (run["tpot_ms"]["p50"], 1), (run["tpot_ms"]["p99"], 1), (run["itl_ms"]["p99"], 0),
+                       (goodput, 2))  # fmt: skip
+            cells = ["–" if value is None else f"{value:.{digits}f}" for value, digits in figures]
+            lines.append(f"| {' | '.join([what, name, *cells, str(run['num_requests'] - run['num_ok'])])} |")
     return "\n".join(lines) + "\n"
+
+
+def file_name(name: str) -> str:
+    return name.replace(" ", "-").replace("/", "-")
 
 
 def main() -> None:
@@ -145,12 +148,16 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     try:
         for server in found:  # one after the other, as each start takes all cores
-            server.start(logs / f"{server.name.replace(' ', '-')}.log")
+            server.start(logs / f"{file_name(server.name)}.log")
             server.wait_ready(600)
         for load in loads:
             for server in found:
                 begun = time.monotonic()
-                one = ask(server, load, args, logs / "run.json")
+                try:
+                    one = ask(server, load, args, logs / "run.json")
+                except subprocess.CalledProcessError as error:  # the other loads are worth keeping
+                    print(f"{load[0][2:]} {load[1]}: {server.name} failed: {error.stderr.decode()}", file=sys.stderr)
+                    continue
                 one["runs"][0]["as_asked"] = list(load)
                 if server.name in results:
                     results[server.name]["runs"] += one["runs"]
@@ -167,9 +174,11 @@ def main() -> None:
                     server.process.wait(30)
                 except subprocess.TimeoutExpired:
                     server.process.kill()
+    if not results:
+        raise SystemExit("no load was served")
     files = []
     for name, result in results.items():
-        files.append(logs / f"{name.replace(' ', '-')}.json")
+        files.append(logs / f"{file_name(name)}.json")
         files[-1].write_text(json.dumps(result))
     text = table(results, loads)
     subprocess.run([sys.executable, "-m", "pelton.cli.main", "bench", "compare", *map(str, files), "--html",

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from benchmarks import serving_peers
 from benchmarks.peers import __main__ as command
 from benchmarks.peers import measure, statistics, weights
 from benchmarks.peers.catalogue import BATCH, MODELS, PEERS, QUICK, SINGLE, Model, Peer, Precision, workloads
@@ -337,3 +338,27 @@ def test_the_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None
         command.main(["--rounds", "0"])
     assert exit_.value.code == 2
     assert json.dumps(measure.machine()) and os.cpu_count()
+
+
+def test_a_served_load_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(server: serving_peers.Server, load: tuple[str, str], *_: Any) -> dict[str, Any]:
+        if server.name == "worse" and load[1] == "1":
+            raise subprocess.CalledProcessError(2, [], stderr=b"error: the server is gone")
+        nothing = {"p50": None, "p99": None}
+        figures = {"ttft_ms": nothing, "tpot_ms": nothing, "itl_ms": nothing, "output_tokens_per_s": 0.0}
+        return {"runs": [{**figures, "num_requests": 3, "num_ok": 0, "requests": []}]}
+
+    both = [serving_peers.Server(name, ["true"], 1) for name in ("--a 1/2", "worse")]
+    monkeypatch.setattr(serving_peers, "servers", lambda args: both)
+    monkeypatch.setattr(serving_peers, "ask", ask)
+    monkeypatch.setattr(serving_peers.Server, "wait_ready", lambda *_: None)
+    monkeypatch.setattr(serving_peers.subprocess, "run", lambda *_, **__: None)
+    monkeypatch.setattr(serving_peers, "commit", dict)
+    monkeypatch.setattr(serving_peers, "machine", dict)
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["", "--models", str(tmp_path), "--concurrency", "1,2", "--rates", "", "--out",
+                                      str(out)])  # fmt: skip
+    serving_peers.main()
+    lines = out.with_suffix(".md").read_text().splitlines()[2:]
+    assert [line.split("|")[2].strip() for line in lines] == ["--a 1/2", "--a 1/2", "worse"]
+    assert lines[0] == "| 1 at a time | --a 1/2 | 0 | – | – | – | – | – | – | 3 |"

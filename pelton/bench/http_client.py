@@ -46,7 +46,8 @@ class HttpClient:
     """Connections to one server, as many as there are exchanges at a time; ended exchanges leave theirs for others.
 
     Raises:
-        PeltonError: ``base_url`` is no http or https URL, or httptools is not installed.
+        PeltonError: ``base_url`` is no http or https URL, a header has other characters than Latin-1's printable ones,
+            or httptools is not installed.
     """
 
     def __init__(self, base_url: str, headers: Mapping[str, str] | None = None) -> None:
@@ -62,6 +63,8 @@ class HttpClient:
         self._port = parts.port or (443 if self._ssl else 80)
         self._prefix = parts.path
         fields = {"Host": parts.netloc.rpartition("@")[2], "User-Agent": "pelton-bench", **(headers or {})}
+        if not all(value.isprintable() and all(c < "\u0100" for c in value) for value in fields.values()):
+            raise PeltonError("the API key has characters that a header cannot have", "check --api-key, OPENAI_API_KEY")
         self._head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
         self._address: str | None = None  # the one that answered
         self._idle: list[_Connection] = []
@@ -139,7 +142,7 @@ class HttpClient:
                 self._address = address
                 self._all.add(connection)
                 return connection
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: what stands there can be no name of a host
             problem = error
         if isinstance(problem, asyncio.TimeoutError):
             raise ExchangeError("connect", f"no connection within {limit:g} s")

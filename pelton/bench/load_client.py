@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import itertools
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from ..metrics import RequestMetrics
@@ -23,7 +24,7 @@ STATUSES = ("ok", "http", "connect", "timeout", "cut", "error", "empty", "cancel
 _TICK = 0.02
 
 
-class Counter(Protocol):
+class Tokenizer(Protocol):
     """What is needed of :class:`pelton.text.tokenizer.Tokenizer`."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
@@ -73,13 +74,17 @@ class Record:
 
 
 class Sender:
-    """Sends the requests of a run, each as one exchange. salt: see :class:`Api`. count: tokens where usage is not."""
+    """Sends the requests of a run, each as one exchange. tokenizer: counts tokens where the server does not.
 
-    def __init__(self, client: HttpClient, api: Api, timeout: float, tokenizer: Counter | None = None) -> None:
+    A request that is sent again has another cache salt, if it has one: it must not find its own prompt in a cache.
+    """
+
+    def __init__(self, client: HttpClient, api: Api, timeout: float, tokenizer: Tokenizer | None = None) -> None:
         self.client = client
         self.api = api
         self.timeout = timeout
         self._tokenizer = tokenizer
+        self._sent = Counter[int]()  # times by index
 
     async def send(
         self, index: int, request: WorkloadRequest, due: float | None = None,
@@ -102,8 +107,11 @@ class Sender:
             if waiting and answer.chunk_times and on_first_token is not None:
                 on_first_token()
 
+        again = self._sent[index]
+        self._sent[index] += 1
+        api = replace(self.api, salt=f"{self.api.salt}-{again}") if again and self.api.salt else self.api
         try:
-            body = self.api.body(request)
+            body = api.body(request)
             await self.client.exchange("POST", self.api.path, body, sink, self.timeout, exchange)
             answer.close(time.monotonic())
             record.status, record.message = _status(exchange, answer, bytes(refusal))

@@ -195,16 +195,20 @@ async def run_mlperf(
     output = loadgen.LogOutputSettings()
     output.outdir, output.copy_summary_to_stdout = str(settings.logs), False
     logs.log_output, logs.enable_trace = output, False
+    asked = _test_settings(loadgen, settings)
 
     def test() -> None:
-        sut = loadgen.ConstructSUT(bridge.issue, bridge.flush)
-        qsl = loadgen.ConstructQSL(len(requests), len(requests), lambda indices: None, lambda indices: None)
-        no_audit = str(settings.logs / "no-audit.config")
-        loadgen.StartTestWithLogSettings(sut, qsl, _test_settings(loadgen, settings), logs, no_audit)
-        loadgen.DestroyQSL(qsl)
-        loadgen.DestroySUT(sut)
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(ended.set)
+        try:
+            sut = loadgen.ConstructSUT(bridge.issue, bridge.flush)
+            qsl = loadgen.ConstructQSL(len(requests), len(requests), lambda indices: None, lambda indices: None)
+            loadgen.StartTestWithLogSettings(sut, qsl, asked, logs, str(settings.logs / "no-audit.config"))
+            loadgen.DestroyQSL(qsl)
+            loadgen.DestroySUT(sut)
+        except Exception as error:  # nobody looks at this thread
+            bridge.failure = error
+        finally:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(ended.set)
 
     thread = threading.Thread(target=test, name="loadgen", daemon=True)
     finished = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..config import SamplingParams
@@ -22,11 +22,12 @@ INSTEAD = {
     "token_ids": "prompts are sent as text: their lengths are as the server counts them",
     "max_tokens": "max_completion_tokens is sent in place of max_tokens",
     "ignore_eos": "ignore_eos is not sent: answers may be shorter than asked for",
-    "stream_options": "no usage: tokens are counted with the local tokenizer",
+    "stream_options": "stream_options is not sent",
 }
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty",
-             "repetition_penalty", "typical_p", "stop_token_ids", "bad_words", "logit_bias",
-             "allowed_token_ids", "skip_special_tokens")  # fmt: skip
+#: Sent where they are not the default; temperature always is.
+_SAMPLING = ("top_p", "top_k", "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty",
+             "typical_p", "stop_token_ids", "bad_words", "logit_bias", "allowed_token_ids",
+             "skip_special_tokens")  # fmt: skip
 _DEFAULTS = SamplingParams()
 
 
@@ -55,9 +56,6 @@ class Api:
     @property
     def path(self) -> str:
         return ENDPOINTS[self.endpoint]
-
-    def without(self, name: str) -> Api:
-        return replace(self, sent=self.sent - {name})
 
     @property
     def wants_text(self) -> bool:

@@ -38,7 +38,8 @@ _HISTOGRAMS = {
     "ttft": ("time_to_first_token_seconds",),
     "queue_time": ("request_queue_time_seconds", "queue_time_seconds"),
 }
-#: Of several processes these are averaged; everything else is added up.
+#: Of several processes these are averaged; everything else is added up, but for joules: each engine measures the
+#: whole machine.
 _SHARES = ("kv_use", "mbu", "mfu", "cache_hit_rate")
 
 
@@ -117,7 +118,8 @@ class ServerMetrics:
         for what, names in _COUNTERS.items():
             before, after = _of(first, names), _of(last, names)
             if after is not None:
-                row[what] = sum(after) - sum(before or ())
+                total = max if what == "joules" else sum
+                row[what] = total(after) - total(before or [0.0])
         for what, names in _GAUGES.items():
             values = list(self._gauge(what, names))
             if values:
@@ -132,7 +134,7 @@ class ServerMetrics:
         return row or None
 
     def _gauge(self, what: str, names: Sequence[str]) -> Iterator[float]:
-        for samples in self._seen:
+        for samples in self._seen[1:-1] or self._seen:  # at the first and the last look the server has nothing to do
             values = _of(samples, names)
             if values:
                 yield sum(values) / (len(values) if what in _SHARES else 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import math
 import uuid
@@ -17,6 +18,7 @@ from .load_client import Control, Record, Run, Sender, closed_loop, open_loop
 from .mlperf import MlperfResult, MlperfSettings, run_mlperf
 from .openai_api import INSTEAD, OPTIONAL, Api, error_text
 from .server_metrics import ServerMetrics
+from .serving_report import load_label
 from .slo import FoundRate, Slo, Trial, find_rate
 from .workloads import Arrivals, Workload, WorkloadRequest
 
@@ -55,12 +57,7 @@ class Load:
 
     @property
     def label(self) -> str:
-        if self.scenario is not None:
-            return f"MLPerf {self.scenario}"
-        if self.concurrency is not None:
-            return f"{self.concurrency} at a time"
-        assert self.arrivals is not None
-        return "all at once" if self.arrivals.rate == math.inf else f"{self.arrivals.rate:.4g}/s"
+        return load_label(self.row())
 
     def row(self) -> dict[str, Any]:
         if self.scenario is not None:
@@ -106,11 +103,11 @@ class Prompts:
         self.workload = workload
         self._tokenizer = tokenizer
         self._plain = plain
-        self._is_random = workload.settings["dataset"] in ("random", "shared-prefix")
+        self._is_random = _is_random(workload)
 
-    def of_run(self, number: int, api: Api) -> list[WorkloadRequest]:
-        """number: of the run; the same number gives the same prompts."""
-        requests = list(self.workload.requests)
+    def of_run(self, number: int, api: Api, count: int | None = None) -> list[WorkloadRequest]:
+        """number: of the run; the same number gives the same prompts. count: only the first ones."""
+        requests = list(self.workload.requests[:count])
         if self._is_random:
             requests = [replace(r, prompt_token_ids=self._shifted(r.prompt_token_ids, number)) for r in requests]
         if api.endpoint == "chat":
@@ -145,7 +142,6 @@ class Target:
     api: Api
     timeout: float
     tokenizer: Tokenizer
-    server: str | None = None
     notes: list[str] = field(default_factory=list)
 
     def sender(self) -> Sender:
@@ -153,16 +149,17 @@ class Target:
         api = replace(self.api, salt=uuid.uuid4().hex) if "cache_salt" in self.api.sent else self.api
         return Sender(self.client, api, self.timeout, self.tokenizer)
 
-    async def probe(self, request: WorkloadRequest, requests: Callable[[Api], WorkloadRequest]) -> float:
+    async def probe(self, asked: Callable[[Api], WorkloadRequest]) -> float:
         """Ask for a few tokens and do without what the server refuses. Seconds that the answer took.
 
-        request, requests: of the workload; as it is, and as it is sent under an Api.
+        asked: a request of the workload as it is sent under an Api.
 
         Raises:
             PeltonError: the server cannot be asked; the message says what it answered.
         """
         api = replace(self.api, salt=uuid.uuid4().hex)
-        first = await self._ask(api, requests)
+        request = asked(api)
+        first = await self._ask(api, request)
         record = first
         if first.http_status in _REFUSALS:
             used = [name for name in OPTIONAL if api.uses(name, request)]
@@ -170,7 +167,7 @@ class Target:
             attempts = [{name} for name in used] + [set(used[:n]) for n in range(2, len(used) + 1)]
             for dropped in attempts:
                 attempt = replace(api, sent=api.sent - dropped)
-                record = await self._ask(attempt, requests)
+                record = await self._ask(attempt, asked(attempt))
                 if record.http_status not in _REFUSALS:
                     if record.is_ok:
                         self.api = replace(self.api, sent=attempt.sent)
@@ -182,8 +179,7 @@ class Target:
             self.notes.append("the server reports no usage: tokens are counted with the local tokenizer")
         return record.end - record.sent
 
-    async def _ask(self, api: Api, requests: Callable[[Api], WorkloadRequest]) -> Record:
-        request = requests(api)
+    async def _ask(self, api: Api, request: WorkloadRequest) -> Record:
         params = replace(request.params, max_tokens=min(request.max_tokens, _PROBE_TOKENS), min_tokens=0)
         sender = Sender(self.client, api, self.timeout, self.tokenizer)
         return await sender.send(0, replace(request, params=params))
@@ -230,7 +226,7 @@ async def served_models(client: HttpClient) -> list[ServedModel]:
     try:
         listed = json.loads(body)["data"] if status == 200 else []
         return [_served(model) for model in listed]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         return []
 
 
@@ -275,10 +271,9 @@ class Bench:
         """
         if not count:
             return
-        requests = self._next()[:count]
         short = [
             replace(r, params=replace(r.params, max_tokens=min(r.max_tokens, _WARMUP_TOKENS), min_tokens=0))
-            for r in requests
+            for r in self._next(count)
         ]
         run = await closed_loop(self.target.sender().send, short, min(4, count), control=self.control)
         if not run.ok and run.records and not self.control.interrupted:
@@ -326,6 +321,19 @@ class Bench:
             self.measured.append(done)
         return done
 
+    def notes(self) -> list[str]:
+        """What is to be known of the loads that were sent, besides the target's notes."""
+        again = [each for each in self.measured if len({r.index for r in each.run.records}) < len(each.run.records)]
+        short = [each for each in self.measured if each.load.arrivals is not None and each.run.stopped is None
+                 and each.load.arrivals.rate < math.inf and each.load.duration < math.inf
+                 and len(each.run.records) == len(self.prompts.workload.requests)]  # fmt: skip
+        said = []
+        if again and "cache_salt" not in self.target.api.sent:
+            said.append(f"{_labels(again)}: prompts were repeated, so they may come from the prefix cache")
+        if short:
+            said.append(f"{_labels(short)}: all requests were sent before the duration was over: raise --num-prompts")
+        return said
+
     async def sweep(self, loads: Sequence[Load]) -> None:
         for load in loads:
             if self.control.reason is None:
@@ -343,17 +351,33 @@ class Bench:
 
         return await find_rate(trial, start, needed=slo.attainment, max_runs=max_runs, precision=precision)
 
-    def _next(self) -> list[WorkloadRequest]:
+    def _next(self, count: int | None = None) -> list[WorkloadRequest]:
         self._runs += 1
-        return self.prompts.of_run(self._runs, self.target.api)
+        return self.prompts.of_run(self._runs, self.target.api, count)
+
+
+def _labels(measured: Sequence[Measured]) -> str:
+    return ", ".join(each.load.label for each in measured)
 
 
 def prepare_requests(workload: Workload, ignore_eos: bool | None) -> Workload:
-    """ignore_eos: for all requests; None: as the workload has it."""
-    if ignore_eos is None:
-        return workload
-    requests = tuple(replace(r, params=replace(r.params, ignore_eos=ignore_eos)) for r in workload.requests)
-    return replace(workload, requests=requests)
+    """With ``sha256`` among its settings, for comparisons: files may change under the same options.
+
+    ignore_eos: for all requests; None: as the workload has it.
+    """
+    requests = workload.requests
+    if ignore_eos is not None:
+        requests = tuple(replace(r, params=replace(r.params, ignore_eos=ignore_eos)) for r in requests)
+    digest = hashlib.sha256()
+    for r in requests:
+        # Random tokens are others in every run and for every tokenizer: only their number counts.
+        prompt = len(r.prompt_token_ids) if _is_random(workload) else r.prompt_token_ids
+        digest.update(repr((prompt, r.max_tokens, r.params.ignore_eos)).encode())
+    return replace(workload, requests=requests, settings={**workload.settings, "sha256": digest.hexdigest()})
+
+
+def _is_random(workload: Workload) -> bool:
+    return workload.settings["dataset"] in ("random", "shared-prefix")
 
 
 def parse_extra_body(text: str | None) -> dict[str, Any]:
@@ -382,7 +406,10 @@ def run_in_loop(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
         loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
     except ImportError:
         loop = asyncio.new_event_loop()
+    task = loop.create_task(main())
     try:
-        return loop.run_until_complete(main())
+        return loop.run_until_complete(task)
     finally:
+        task.cancel()  # after Ctrl-C it has connections to close, which takes the loop
+        loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
         loop.close()

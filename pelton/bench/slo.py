@@ -16,6 +16,22 @@ _LIMIT = re.compile(r"\s*([a-z0-9]+)\s*[=:]\s*([0-9]*\.?[0-9]+)\s*(ms|s|)\s*", r
 _Z95 = 1.959964
 
 
+def parse_limits(text: str) -> dict[str, float]:
+    """Seconds by name, of ``ttft=500,tpot=50ms,e2e=2s``: milliseconds unless a unit says otherwise.
+
+    Raises:
+        PeltonError: another name, no number above 0, or a name twice.
+    """
+    limits: dict[str, float] = {}
+    for part in text.split(","):
+        found = _LIMIT.fullmatch(part)
+        name = found.group(1).lower() if found else ""
+        if not found or name not in _NAMES or name in limits or float(found.group(2)) <= 0:
+            raise PeltonError(f"--slo is {text!r}", "give limits like ttft=500,tpot=50,e2e=2s, milliseconds or s")
+        limits[name] = float(found.group(2)) / (1 if found.group(3).lower() == "s" else 1000)
+    return limits
+
+
 @dataclass(frozen=True, slots=True)
 class Slo:
     """Limits of one request in seconds, and the share of all requests that must keep them."""
@@ -27,21 +43,14 @@ class Slo:
 
     @classmethod
     def parse(cls, text: str, attainment: float) -> Slo:
-        """``ttft=500,tpot=50,e2e=2s``: milliseconds unless a unit says otherwise.
+        """text: as for :func:`parse_limits`.
 
         Raises:
-            PeltonError: another name, no number, a name twice, or an attainment outside (0, 1].
+            PeltonError: see :func:`parse_limits`; or an attainment outside (0, 1].
         """
         if not 0 < attainment <= 1:
             raise PeltonError(f"--slo-attainment is {attainment:g}", "give a share above 0 and up to 1, e.g. 0.9")
-        limits: dict[str, float] = {}
-        for part in text.split(","):
-            found = _LIMIT.fullmatch(part)
-            name = found.group(1).lower() if found else ""
-            if not found or name not in _NAMES or name in limits or float(found.group(2)) <= 0:
-                raise PeltonError(f"--slo is {text!r}", "give limits like ttft=500,tpot=50,e2e=2s, milliseconds or s")
-            limits[name] = float(found.group(2)) / (1 if found.group(3).lower() == "s" else 1000)
-        return cls(**limits, attainment=attainment)
+        return cls(**parse_limits(text), attainment=attainment)
 
     @property
     def limits_ms(self) -> dict[str, float]:
@@ -113,13 +122,6 @@ class FoundRate:
     attainment: float
     reason: str
 
-    @property
-    def is_consistent(self) -> bool:
-        """No rate failed below one that passed."""
-        passed = [t.rate for t in self.trials if t.passes(self.attainment)]
-        failed = [t.rate for t in self.trials if not t.passes(self.attainment)]
-        return not passed or not failed or max(passed) < min(failed)
-
     def row(self) -> dict[str, object]:
         trials = [
             {
@@ -135,7 +137,6 @@ class FoundRate:
             "highest_rate": self.highest,
             "lowest_failed_rate": self.lowest_failed,
             "needed_attainment": self.attainment,
-            "is_consistent": self.is_consistent,
             "reason": self.reason,
             "trials": trials,
         }

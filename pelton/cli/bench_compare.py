@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from ..errors import PeltonError
@@ -40,11 +42,17 @@ def compare(files: tuple[str, ...], names: str | None, html_file: str | None) ->
     out = console()
     for name, document in zip(serving_report.labels(documents), documents, strict=True):
         for said in (*serving_report.problems(document), *document["notes"]):
-            out.print(f"[yellow]{name}: {said}[/yellow]", soft_wrap=True)
-    differing = sorted({key for d in documents for key in {**d["workload"], **documents[0]["workload"]}
-                        if d["workload"].get(key) != documents[0]["workload"].get(key)})  # fmt: skip
+            out.print(f"{name}: {said}", style="yellow", markup=False, soft_wrap=True)
+    first, *others = map(_asked, documents)
+    differing = sorted({key for asked in others for key in asked.keys() & first.keys() if asked[key] != first[key]})
     if differing:
         out.print(f"[red]the workloads differ in {', '.join(differing)}: this is no comparison[/red]")
     print_runs(out, documents)
     if html_file is not None:
         write_html(serving_report.page(documents))
+
+
+def _asked(document: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal in a comparison; files of earlier versions have less of it."""
+    target = {key: document["target"][key] for key in ("endpoint", "extra_body") if key in document["target"]}
+    return {**document["workload"], **target, "slo": document.get("slo")}

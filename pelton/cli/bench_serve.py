@@ -87,8 +87,9 @@ def serve(
     batch jobs do, and the way to a server's throughput at a given load. Latencies are taken where the socket is read;
     the client measures how late it was itself and says so when its figures cannot be trusted.
 
-    Every run sends other random tokens and another cache_salt, so that no run finds the prompts of an earlier one in
-    the server's prefix cache. Conversations and --prompts are the same each time: look at "cached" in the report.
+    No request finds its own prompt of earlier in the server's prefix cache: every run sends other random tokens and
+    another cache_salt, and a request that a run repeats (--duration, --scenario) has another one each time. A server
+    that takes no cache_salt may know repeats, conversations and --prompts: look at "cached" in the report.
 
     Ctrl-C stops and keeps what was measured. docs/benchmarking.md has all definitions.
 
@@ -158,8 +159,9 @@ class Plan:
         for name, value, least, most in (
             ("warmup", given["warmup"], 0, 1000),
             ("find-runs", given["find_runs"], 1, 100),
+            ("mlperf-min-queries", given["mlperf_min_queries"], 1, 1 << 32),
         ):
-            if not least <= value <= most:
+            if value is not None and not least <= value <= most:
                 raise PeltonError(f"--{name} is {value}", f"give a whole number from {least} to {most}")
         for name, seconds in (("timeout", given["timeout"]), ("duration", duration),
                               ("mlperf-min-duration", given["mlperf_min_duration"]),
@@ -189,7 +191,7 @@ class Plan:
         lasting = math.inf if duration is None else duration
         if duration is not None and request_rate is not None and math.isfinite(max(rates)):
             expected = max(rates) * duration
-            asked.at_least(math.ceil(expected + 4 * math.sqrt(expected)) + 1)
+            asked.at_least(math.ceil(expected + 4 * math.sqrt(expected / min(1.0, burstiness))) + 1)
         if max_concurrency is not None:
             loads = [Load(concurrency=n, duration=lasting) for n in options.numbers("max-concurrency", max_concurrency)]
         else:
@@ -228,8 +230,6 @@ class _Session:
         plan = self._plan
         headers = {"Authorization": f"Bearer {plan.api_key}"} if plan.api_key else {}
         client, control = HttpClient(plan.base_url, headers), Control()
-        with suppress(NotImplementedError, RuntimeError, ValueError):  # not the main thread, or Windows
-            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, _interrupt, control)
         try:
             model = serving.choose_model(await serving.served_models(client), plan.model, client.base_url)
             tokenizer, where, notes = _tokenizer(plan.tokenizer, model)
@@ -238,9 +238,12 @@ class _Session:
             workload = self._workload(model, tokenizer)
             prompts = serving.Prompts(workload, tokenizer, serving.plain_ids(tokenizer))
             openai_api.check_sendable(workload.requests)
-            seconds = await target.probe(prompts.of_run(0, api)[0], lambda api: prompts.of_run(0, api)[0])
+            seconds = await target.probe(lambda api: prompts.of_run(0, api, 1)[0])
             bench = serving.Bench(target, prompts, control, plan.server_metrics, self._output.on_record)
             self._output.begin(bench, workload, plan, where)
+            # Until here Ctrl-C is Python's: nothing is measured, and a workload is made without a look at the loop.
+            with suppress(NotImplementedError, RuntimeError, ValueError):  # not the main thread, or Windows
+                asyncio.get_running_loop().add_signal_handler(signal.SIGINT, _interrupt, control)
             if plan.scenario is not None:
                 await self._mlperf(bench)
                 return

@@ -48,6 +48,8 @@ class Output:
 
     def begin(self, bench: Bench, workload: Workload, plan: Plan, tokenizer: str) -> None:
         """The server answered: say what is going to be sent."""
+        from rich.markup import escape
+
         from ..bench.workloads import describe
 
         self._bench, self._workload, self._slo = bench, workload, plan.slo
@@ -68,12 +70,11 @@ class Output:
         if math.isfinite(loads[0].duration):
             self.description += f"; for {loads[0].duration:g} s"
         out = self._out
-        out.print(
-            f"[bold]serve[/bold]  [dim]{target.api.model} at {target.client.base_url}, {target.api.endpoint}[/dim]"
-        )
+        asked = f"{target.api.model} at {target.client.base_url}, {target.api.endpoint}"
+        out.print(f"[bold]serve[/bold]  [dim]{escape(asked)}[/dim]")
         out.print(f"{self.description}\n", soft_wrap=True)
         for note in target.notes:
-            out.print(f"[yellow]note: {note}[/yellow]", soft_wrap=True)
+            out.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
         if target.notes:
             out.print()
 
@@ -121,7 +122,7 @@ class Output:
             },
             "workload": dict(self._workload.settings),
             "slo": None if self._slo is None else {**self._slo.limits_ms, "attainment": self._slo.attainment},
-            "notes": target.notes,
+            "notes": [*target.notes, *bench.notes()],
             "complete": bench.control.reason is None,
             "runs": [row(measured, self._slo) for measured in bench.measured],
         }
@@ -137,6 +138,8 @@ class Output:
             return
         document = self.document()
         self._write_json(json.dumps(document) + "\n")  # without indents: it has a number for every token
+        for note in self._bench.notes():
+            self._out.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
         print_document(self._out, document)
         if self._write_html is not None:
             from ..bench.serving_report import page
@@ -163,7 +166,7 @@ def print_document(out: Console, document: Mapping[str, Any]) -> None:
     from ..bench.serving_report import found_text, problems
 
     for said in problems(document):
-        out.print(f"[red]{said}[/red]", soft_wrap=True)
+        out.print(said, style="red", markup=False, soft_wrap=True)
     errors = Counter[str]()
     for run in document["runs"]:
         errors.update({error["message"]: error["count"] for error in run["errors"]})
@@ -260,6 +263,8 @@ def _client(client: Mapping[str, Any]) -> str:
 
 def print_runs(out: Console, documents: Sequence[Mapping[str, Any]]) -> None:
     """A line for each load of each server."""
+    from rich.markup import escape
+
     from ..bench.serving_report import labels, load_label
     from ..bench.units import number
     from .bench_report import milliseconds
@@ -282,7 +287,7 @@ def print_runs(out: Console, documents: Sequence[Mapping[str, Any]]) -> None:
                 good = run["goodput"] or {"requests_per_s": None, "attainment": None}
                 met = "–" if good["attainment"] is None else f"{good['attainment']:.1%}"
                 cells += [milliseconds(good["requests_per_s"]), met]
-            table.add_row(*([name] if len(documents) > 1 else []), load_label(run["load"]), *cells)
+            table.add_row(*([escape(name)] if len(documents) > 1 else []), load_label(run["load"]), *cells)
     out.print(table)
     out.print()
     lags = [run["client"]["lag_ms"]["p99"] for d in documents for run in d["runs"]]
@@ -326,7 +331,7 @@ def _print_mlperf(out: Console, result: Mapping[str, Any], run: Mapping[str, Any
                 table.add_row(title, f"p{point[:2]}", milliseconds(int(theirs) / 1e6), milliseconds(ours))
     if table.row_count:
         out.print(table)
-    out.print(f"[dim]its own logs: {result['logs']}[/dim]\n")
+    out.print(f"its own logs: {result['logs']}\n", style="dim", markup=False)
 
 
 def _table(heads: Sequence[str], *, left: int = 1, dim_last: bool = False, header: bool = True) -> Any:

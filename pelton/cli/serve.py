@@ -34,7 +34,7 @@ PROMPT_TOKENS = 192
     metavar="NAME",
     help="What requests call the model; may be repeated. Default: MODEL.",
 )
-@click.option("--max-num-seqs", type=int, default=64, metavar="N", help="Sequences that run together in one step.")
+@options.max_num_seqs
 @click.option(
     "--max-num-batched-tokens",
     type=int,
@@ -189,8 +189,9 @@ def serve(
     """
     import asyncio
 
+    from ..bench.slo import parse_limits
     from ..checkpoint import open_checkpoint, resolve_model
-    from ..server.config import ServerConfig
+    from ..server.config import SLO, ServerConfig
     from ..server.logs import set_up_logging
     from ..server.supervisor import Supervisor
     from ..text.tool_formats import tool_format
@@ -204,7 +205,7 @@ def serve(
         api_keys=(*api_keys, *_keys(api_key_file)),
         allowed_origins=origins,
         max_body_bytes=size("max-body", max_body),
-        slo=_slo(slo),
+        slo=SLO() if slo is None else SLO(**parse_limits(slo)),
         sampling_defaults={} if generation_config == "none" else _defaults(open_checkpoint(path).generation),
         runtime_adapters=max_loras is not None,
         **server,
@@ -274,20 +275,6 @@ def _defaults(generation: dict[str, Any]) -> dict[str, Any]:
             continue
         found[name] = value
     return found
-
-
-def _slo(text: str | None) -> Any:
-    from ..server.config import SLO
-
-    if text is None:
-        return SLO()
-    limits = {}
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(ttft|tpot|e2e)\s*=\s*(\d+(?:\.\d+)?)\s*(ms|s)?\s*", part)
-        if found is None:
-            raise PeltonError(f"--slo is {text!r}", "write it as ttft=500ms,tpot=50ms,e2e=10s")
-        limits[found[1]] = float(found[2]) * (1.0 if found[3] == "s" else 1e-3)
-    return SLO(**limits)
 
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}

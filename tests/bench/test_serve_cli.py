@@ -77,6 +77,25 @@ def test_a_sweep_has_a_line_for_each_and_other_prompts_in_each(tmp_path: Path) -
     assert len(table) == 3 and max(map(len, table)) <= 80
 
 
+@pytest.mark.parametrize("refuses", [(), ("cache_salt",)])
+def test_repeats_have_a_salt_of_their_own_or_are_told(tmp_path: Path, refuses: tuple[str, ...]) -> None:
+    with ScriptedServer(Script(ttft=0.005), refuses=refuses) as server:
+        document, result = served(server, tmp_path, "--max-concurrency", 2, "--duration", 0.3, "--warmup", 0)
+    count, said = document["runs"][0]["num_requests"], "2 at a time: prompts were repeated"
+    assert count > 12 and (said in result.stdout) == any(said in n for n in document["notes"]) == bool(refuses)
+    sent = {(tuple(seen.body["prompt"]), seen.body.get("cache_salt")) for seen in server.seen}
+    assert len(sent) == (13 if refuses else 1 + count)
+
+
+def test_an_open_loop_that_runs_out_of_requests_says_so(tmp_path: Path) -> None:
+    with ScriptedServer() as server:
+        document, result = served(server, tmp_path, "--request-rate", "200", "--duration", "5")
+        said = "200/s: all requests were sent before the duration was over"
+        assert said in result.stdout and said in document["notes"][-1]
+        document, result = served(server, tmp_path, "--request-rate", "200", "--duration", "0.02")
+    assert "before the duration" not in result.stdout and document["runs"][0]["num_requests"] < 12
+
+
 def test_chat_gets_texts_of_as_many_tokens(tmp_path: Path) -> None:
     with ScriptedServer() as server:
         document, _ = served(server, tmp_path, "--endpoint", "chat", "--max-concurrency", 2)
@@ -108,7 +127,7 @@ def test_prompts_of_a_file_are_sent_as_they_are(tmp_path: Path) -> None:
     [
         (("cache_salt",), ["cache_salt is not sent"]),
         (("ignore_eos", "min_tokens"), ["min_tokens is not sent", "ignore_eos is not sent"]),
-        (("ids", "stream_options"), ["prompts are sent as text", "no usage"]),
+        (("ids", "stream_options"), ["prompts are sent as text", "stream_options is not sent", "no usage"]),
         (("500", "ids"), ["prompts are sent as text"]),
         (("cache_salt", "min_tokens", "ignore_eos", "ids"), ["cache_salt", "min_tokens", "ignore_eos", "as text"]),
     ],
@@ -146,6 +165,7 @@ def test_failures_come_first(tmp_path: Path) -> None:
         ([], {"key": "secret"}, "refuses the key (401); give --api-key"),
         (["--endpoint", "chat"], {"endpoints": ("/v1/completions",)}, "there is no http://127.0.0.1"),
         ([], {"models": ()}, "lists no model"),
+        ([], {"listed": ["a"]}, "lists no model"),
         ([], {"script": Script(fault="http:500")}, "does not answer a first request (500: as the script says)"),
         ([], {"script": Script(fault="json")}, "no event stream"),
         (["--timeout", "0.2"], {"script": Script(fault="hang")}, "did not answer within 0.2 s"),
@@ -182,6 +202,11 @@ def test_nothing_listens() -> None:
         (["--warmup", "-1"], "--warmup is -1"),
         (["--scenario", "server", "--request-rate", "1"], "give --target-qps"),
         (["--base-url", "ftp://x"], "--base-url is 'ftp://x'"),
+        (["--base-url", "http://a..b:8000"], "no connection to http://a..b:8000"),
+        (["--base-url", f"http://{64 * 'a'}:8000"], "no connection to http://aaa"),
+        (["--api-key", "clé–"], "check --api-key"),
+        (["--api-key", "key\n"], "check --api-key"),
+        (["--scenario", "offline", "--mlperf-min-queries", "-1"], "--mlperf-min-queries is -1"),
         (["--json", "/nowhere/x.json"], "cannot write /nowhere/x.json"),
     ],
     ids=str,
@@ -225,6 +250,19 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
     assert run["num_ok"] == 8 and run["failed"] == {"cancelled": 2} and "the run ended early: Ctrl-C" in stdout
 
 
+def test_ctrl_c_before_the_load_ends_at_once() -> None:
+    with ScriptedServer(Script(fault="hang")) as server:
+        arguments = ["bench", "serve", "--base-url", server.url, *SMALL]
+        code = "from pelton.cli.main import main; main()"
+        process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 30
+        while not server.seen and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=20)
+    assert (process.returncode, stderr) == (130, "")
+
+
 # The search
 
 
@@ -261,13 +299,26 @@ def test_servers_are_compared_in_one_page(tmp_path: Path) -> None:
     text = out.read_text()
     assert "fast vs slow" in text and text.count("<svg") >= 3
     other = json.loads(Path(files[1]).read_text())
-    other["workload"]["input_len"] = 7
+    del other["workload"]["sha256"]  # as earlier versions wrote it
+    Path(files[1]).write_text(json.dumps(other))
+    assert "differ" not in CliRunner().invoke(command_line, ["bench", "compare", *map(str, files)]).stdout
+    other["workload"] |= {"input_len": 7, "sha256": "00"}
+    other |= {"slo": {"ttft": 1.0, "attainment": 0.9}, "target": {**other["target"], "extra_body": {"top_k": 1}}}
     Path(files[1]).write_text(json.dumps(other))
     result = CliRunner().invoke(command_line, ["bench", "compare", *map(str, files)])
-    assert "the workloads differ in input_len" in result.stdout
+    assert "the workloads differ in extra_body, input_len, sha256, slo:" in result.stdout
     Path(files[1]).write_text("[]")
     result = CliRunner().invoke(command_line, ["bench", "compare", *map(str, files)])
     assert result.exit_code == 2 and "is no result of a served load" in result.stderr
+
+
+def test_names_are_no_markup(tmp_path: Path) -> None:
+    with ScriptedServer(models=("[red]a[/b]",)) as server:
+        served(server, tmp_path, "--max-concurrency", "1,4")
+    file = str(tmp_path / "out.json")
+    result = CliRunner().invoke(command_line, ["bench", "compare", file, file, "--label", "[x],[/y]"])
+    assert result.exit_code == 0 and "that of [red]a[/b] is not here" in result.stdout, result.output
+    assert {"[x]", "[/y]"} <= {line.split(" ")[0] for line in result.stdout.splitlines()}
 
 
 def test_the_page_is_whole_in_itself_and_opens_in_a_browser(tmp_path: Path) -> None:
@@ -322,6 +373,7 @@ def test_loadgen_gets_an_answer_to_everything(tmp_path: Path, scenario: str, opt
         )  # fmt: skip
     (run,) = document["runs"]
     said = document["mlperf"]
+    assert len({(str(s.body["prompt"]), s.body["cache_salt"]) for s in server.seen}) == len(server.seen)
     assert run["num_ok"] == run["num_requests"] >= 10 and len(server.seen) == run["num_requests"] + 3
     assert said["result"] in ("VALID", "INVALID") and f"MLPerf LoadGen: {said['result']}" in result.stdout
     assert {p.name for p in (tmp_path / "logs").iterdir()} >= {"mlperf_log_summary.txt", "mlperf_log_detail.txt"}
@@ -346,6 +398,18 @@ def test_a_verdict_on_failed_requests_is_void(tmp_path: Path) -> None:
             "--mlperf-logs", tmp_path / "logs",
         )  # fmt: skip
     assert document["runs"][0]["failed"]["http"] >= 2 and "took them for answered: void" in result.stdout
+
+
+def test_a_failure_in_loadgens_thread_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loadgen = pytest.importorskip("mlperf_loadgen")
+
+    def fail(*_: Any) -> None:
+        raise ValueError("not these settings")
+
+    monkeypatch.setattr(loadgen, "StartTestWithLogSettings", fail)
+    with ScriptedServer() as server:
+        result = serve(server, "--scenario", "offline", "--mlperf-logs", tmp_path)
+    assert isinstance(result.exception, ValueError)
 
 
 def test_ctrl_c_ends_loadgen(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from pelton.bench.http_client import ExchangeError, HttpClient
 from pelton.bench.load_client import Control, Record, Run, Sender, closed_loop, open_loop
 from pelton.bench.openai_api import Api
 from pelton.bench.server_metrics import ServerMetrics, parse
-from pelton.bench.serving import Load, Measured, run_in_loop
+from pelton.bench.serving import Load, Measured, Prompts, prepare_requests, run_in_loop
 from pelton.bench.serving_summary import in_flight, row, summary
 from pelton.bench.slo import Slo
-from pelton.bench.workloads import Arrivals, WorkloadRequest
+from pelton.bench.workloads import Arrivals, Workload, WorkloadRequest
 from pelton.config import SamplingParams
 from pelton.errors import PeltonError
 from tests.helpers.scripted_server import Script, ScriptedServer
@@ -381,6 +381,36 @@ def test_requests_are_written_with_times_after_the_start() -> None:
     assert Load(Arrivals()).row()["request_rate"] is None and Load(concurrency=3).label == "3 at a time"
 
 
+def test_the_digest_of_a_workload_is_of_what_is_asked() -> None:
+    def digest(ids: tuple[int, ...], dataset: str = "prompts", ignore_eos: bool | None = None, **params: Any) -> str:
+        request = WorkloadRequest(ids, SamplingParams(**{"max_tokens": 4, **params}))
+        prepared = prepare_requests(Workload((request,), {"dataset": dataset}), ignore_eos)
+        return str(prepared.settings["sha256"])
+
+    assert digest((1, 2)) == digest((1, 2)) == digest((1, 2), ignore_eos=False)
+    others = [digest((1, 3)), digest((1, 2), max_tokens=5), digest((1, 2), ignore_eos=True)]
+    assert len({digest((1, 2)), *others}) == 4
+    assert digest((1, 2), "random") == digest((3, 4), "random") != digest((1, 2, 3), "random")
+
+
+def test_only_the_prompts_that_are_asked_for_are_made() -> None:
+    made: list[Any] = []
+
+    class Letters(Words):
+        vocab_size, special_token_ids = 9, frozenset[int]()
+
+        def encode_chat(self, messages: Any, *, tools: Any = None) -> list[int]:
+            raise NotImplementedError
+
+        def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+            made.append(ids)
+            return "a " * len(ids)
+
+    prompts = Prompts(Workload(tuple(requests(5)), {"dataset": "random"}), Letters(), range(9))
+    assert len(prompts.of_run(1, Api("chat", "m"), 1)) == len(made) == 1
+    assert len(prompts.of_run(1, Api("chat", "m"))) == 5
+
+
 def test_in_flight_of_nothing() -> None:
     assert in_flight(Run(0.0)) == {"max": 0, "mean": 0.0}
     assert math.isfinite(summary(Run(0.0), Slo(ttft=1.0))["seconds"])
@@ -395,6 +425,8 @@ vllm:prefix_cache_hits_total{{engine="0"}} {hits}
 vllm:num_preemptions_total{{engine="0"}} 1.0
 vllm:num_preemptions_total{{engine="1"}} 2.0
 vllm:kv_cache_usage_perc{{engine="0"}} {use} 1395066363000
+vllm:energy_joules_total{{engine="0"}} {queries}
+vllm:energy_joules_total{{engine="1"}} {queries}
 vllm:time_to_first_token_seconds_sum 1.5
 vllm:time_to_first_token_seconds_count {hits}
 python_gc_objects_collected_total 9
@@ -402,19 +434,24 @@ vllm:num_requests_running NaN
 """
 
 
-def test_metrics_are_differences_and_extremes() -> None:
-    pages = iter([METRICS.format(queries=100, hits=10, use=0.5), METRICS.format(queries=300, hits=110, use=0.25)])
+@pytest.mark.parametrize(("uses", "most", "mean"), [((0.5, 0.25), 0.5, 0.375), ((0.9, 0.5, 0.25, 0.0), 0.5, 0.375)])
+def test_metrics_are_differences_and_extremes(uses: tuple[float, ...], most: float, mean: float) -> None:
+    """Gauges are those during the run, if there was a look then. Energy is of the machine, whoever exports it."""
+    last = len(uses) - 1
+    pages = iter([METRICS.format(queries=100 + 200 * (i == last), hits=10 + 100 * (i == last), use=use)
+                  for i, use in enumerate(uses)])  # fmt: skip
 
     async def main() -> dict[str, Any] | None:
         async with ServerMetrics(HttpClient(server.url)) as metrics:
-            pass
+            for _ in uses[1:-1]:
+                await metrics._look()
         return metrics.row()
 
     with ScriptedServer(metrics=lambda: next(pages)) as server:
         got = run_in_loop(main)
     assert got == {
-        "prefix_cache_queries": 200.0, "prefix_cache_hits": 100.0, "preemptions": 0.0, "kv_use_max": 0.5,
-        "kv_use_mean": 0.375, "ttft_ms_mean": 0.0, "prefix_hit_rate": 0.5,
+        "prefix_cache_queries": 200.0, "prefix_cache_hits": 100.0, "preemptions": 0.0, "joules": 200.0,
+        "kv_use_max": most, "kv_use_mean": mean, "ttft_ms_mean": 0.0, "prefix_hit_rate": 0.5,
     }  # fmt: skip
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 URL = sys.argv[1]
 HERE = Path(__file__).parent
-os.environ |= {"OPENAI_API_KEY": "none-is-needed", "HF_HUB_OFFLINE": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+os.environ |= {"OPENAI_API_KEY": "none-is-needed", "ANTHROPIC_API_KEY": "none-is-needed", "HF_HUB_OFFLINE": "1",
+               "LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # fmt: skip
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
 TOOL = {
     "type": "function",
@@ -116,6 +117,27 @@ def check_openai_async_cancellation() -> None:
         assert len({answer.id for answer in answers}) == 16
 
     asyncio.run(run())
+
+
+def check_anthropic() -> None:
+    import anthropic
+
+    client = anthropic.Anthropic(base_url=URL)
+    # Not every version of the client has an argument for the temperature.
+    greedy = {"temperature": 0}
+    options: dict[str, Any] = {"model": model(), "messages": QUESTION, "max_tokens": 20, "extra_body": greedy}
+    answer = client.messages.create(**options)
+    text = answer.content[0].text
+    assert "Paris" in text and answer.stop_reason in ("end_turn", "max_tokens"), answer
+    assert answer.usage.input_tokens > 0 and 0 < answer.usage.output_tokens <= 20
+    with client.messages.stream(**options) as stream:
+        assert "".join(stream.text_stream) == text
+        assert stream.get_final_message().usage.output_tokens == answer.usage.output_tokens
+    try:
+        client.messages.create(**(options | {"model": "other"}))
+        raise AssertionError("another model was answered")
+    except anthropic.NotFoundError:
+        pass
 
 
 def check_litellm() -> None:

@@ -52,13 +52,14 @@ class ScriptedServer:
 
     serve_seconds: not None: one request after the other, each taking so long before its first token (D of M/D/1).
     refuses: fields of a body that are answered with 400, or with 500 if that is among them. key: the only one
-    that is accepted.
+    that is accepted. listed: of /v1/models, in place of the models.
     """
 
     script: Script | Callable[[int, dict[str, Any]], Script] = Script()
     serve_seconds: float | None = None
     refuses: tuple[str, ...] = ()
     models: tuple[str, ...] = ("scripted",)
+    listed: list[Any] | None = None
     endpoints: tuple[str, ...] = ("/v1/completions", "/v1/chat/completions")
     key: str | None = None
     metrics: Callable[[], str] | None = None
@@ -127,7 +128,7 @@ class ScriptedServer:
         if self.key is not None and headers.get("authorization") != f"Bearer {self.key}":
             return self._plain(writer, 401, {"error": {"message": "bad key"}})
         if path == "/v1/models":
-            return self._plain(writer, 200, {"data": [{"id": name} for name in self.models]})
+            return self._plain(writer, 200, {"data": self.listed or [{"id": name} for name in self.models]})
         if path == "/metrics" and self.metrics is not None:
             return self._plain(writer, 200, self.metrics())
         if path not in self.endpoints or method != "POST":

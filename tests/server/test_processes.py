@@ -396,6 +396,11 @@ def test_a_model_that_is_damaged(tmp_path: Path) -> None:
     assert "damaged.gguf" in failed_start(str(model), temporary=tmp_path / "tmp")
 
 
+@pytest.mark.parametrize("limits", ["ttft=0", "ttft=1s,ttft=2s", "itl=5"])
+def test_objectives_are_those_of_the_load_client(tmp_path: Path, limits: str) -> None:
+    assert f"--slo is {limits!r}" in failed_start("--slo", limits, temporary=tmp_path)
+
+
 def test_a_port_that_is_taken(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
