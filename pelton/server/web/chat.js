@@ -132,23 +132,24 @@ function say(problem) {
   byId("problem").textContent = problem;
 }
 
-function send(text) {
-  if (running.has(current.id) || !text.trim()) return false;
+/** Whether a request can be made now; says what is in its way. Asked before anything of the conversation changes. */
+function ready() {
   const problem = parameters.check(true);
-  if (problem) {
-    say(problem);
-    if (byId("settings").hidden) toggleSettings(true);
-    return false;
-  }
-  if (!models.length) {
-    say("The server's models are not known yet. Reload the page once the server runs.");
-    return false;
-  }
-  say("");
+  say(problem || (models.length ? "" : "The server's models are not known yet. Reload the page once the server runs."));
+  if (problem && byId("settings").hidden) toggleSettings(true);
+  return !problem && models.length > 0;
+}
+
+function send(text) {
+  if (running.has(current.id) || !text.trim() || !ready()) return false;
+  ask(text);
+  return true;
+}
+
+function ask(text) {
   current.messages.push({ role: "user", content: text });
   addView(current.messages.at(-1));
   answer();
-  return true;
 }
 
 function answer() {
@@ -196,18 +197,18 @@ function dropLastAnswer() {
 }
 
 function regenerate() {
-  const problem = parameters.check(true);
-  if (problem) { say(problem); return toggleSettings(true); }
+  if (!ready()) return;
   dropLastAnswer();
   answer();
   prompt.focus();
 }
 
 function editLast(text) {
+  if (!ready()) return;
   dropLastAnswer();
   current.messages.pop();
   views.pop().root.remove();
-  send(text);
+  ask(text);
   prompt.focus();
 }
 

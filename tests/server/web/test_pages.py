@@ -317,6 +317,30 @@ def test_regenerate_and_edit(chat: ChatPage, api: FakeApi) -> None:
     assert chat.page.locator(".message").count() == 2
 
 
+def test_nothing_is_dropped_for_a_request_that_cannot_be_sent(chat: ChatPage) -> None:
+    chat.open().ask("one")
+    chat.wait_until_done()
+    chat.set_parameter("temperature", "3")
+    chat.page.get_by_role("button", name="Edit", exact=True).click()
+    area = chat.page.get_by_label("Edit the message")
+    area.fill("two")
+    area.press("Enter")
+    expect(chat.page.locator("#problem")).to_contain_text("At most 2.")
+    expect(area).to_have_value("two")
+    expect(chat.answer()).to_have_text("You said: one")
+    chat.set_parameter("temperature", "1")
+    area.press("Enter")
+    chat.wait_for("You said: two")
+    chat.wait_until_done()
+
+    chat.page.route("**/v1/models", lambda route: route.abort())
+    chat.page.reload()
+    chat.wait_until_ready()
+    chat.page.get_by_role("button", name="Regenerate").click()
+    expect(chat.page.locator("#problem")).to_contain_text("not known yet")
+    expect(chat.answer()).to_have_text("You said: two")
+
+
 def test_copying_code_and_messages(visit_as: Callable[..., Visit], api: FakeApi) -> None:
     api.script = [("text", "Run\n\n```sh\nls -l\n```")]
     chat = ChatPage(visit_as(permissions=["clipboard-read", "clipboard-write"])).open()
