@@ -165,6 +165,36 @@ def test_pause_keeps_the_picture_and_goes_on_collecting(
     dashboard.wait_for_state("live")
 
 
+def test_what_is_looked_at_during_a_pause_is_of_the_moment_of_the_pause(
+    dashboard: DashboardPage, api: FakeApi, feed: list[dict[str, Any]]
+) -> None:
+    api.dashboard, api.interval_s = feed[:60], 0.002
+    dashboard.open().wait_for_state("live")
+    wait_for_time(dashboard, feed[59])
+    page = dashboard.page
+    page.click("#pause")
+    dashboard.wait_for_state("paused")
+
+    def pictures() -> list[str]:
+        found = page.evaluate("""async () => {
+            for (let i = 0; i < 2; i += 1) await new Promise(requestAnimationFrame);
+            return ["#requests", "#load"].map((id) => document.querySelector(`${id} canvas`).toDataURL());
+        }""")
+        return list(found)
+
+    before = pictures()
+    api.dashboard = feed
+    page.wait_for_timeout(300)  # the present is half a minute later
+    page.locator("#requests canvas").hover()
+    page.mouse.move(0, 0)
+    page.select_option("#range", "600")
+    page.select_option("#range", "120")
+    assert pictures() == before
+    page.locator("#requests summary").click()
+    newest = max(feed[59]["requests"], key=lambda request: request["arrived"])
+    expect(page.locator("#requests tbody th").first).to_have_text(newest["id"])
+
+
 def test_a_hidden_page_draws_nothing(live: DashboardPage, api: FakeApi, feed: list[dict[str, Any]]) -> None:
     page = live.page
     page.evaluate("""() => {
