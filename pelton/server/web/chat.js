@@ -327,7 +327,7 @@ prompt.addEventListener("keydown", (event) => {
   byId("composer").requestSubmit();
 });
 addEventListener("keydown", (event) => {
-  if (event.key !== "Escape" || event.isComposing || byId("key-dialog").open) return;
+  if (event.key !== "Escape" || event.isComposing || byId("key-dialog")) return;
   if (!closePanels()) running.get(current.id)?.stop();
 });
 byId("stop").addEventListener("click", () => { running.get(current.id)?.stop(); prompt.focus(); });

@@ -416,14 +416,19 @@ def test_calls_of_tools_are_shown(chat: ChatPage, api: FakeApi) -> None:
 
 
 @pytest.mark.parametrize("broken", ["full", "forbidden"])
-def test_the_page_works_without_storage(visit: Visit, broken: str) -> None:
+def test_the_page_works_without_storage(visit: Visit, api: FakeApi, broken: str) -> None:
+    api.key = "secret"
     visit.context.add_init_script(
         "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); };"
         if broken == "full"
         else "for (const name of ['localStorage', 'sessionStorage'])"
         " Object.defineProperty(window, name, { get() { throw new DOMException('no', 'SecurityError'); } });"
     )
-    chat = ChatPage(visit).open()
+    chat = ChatPage(visit)
+    chat.page.goto(visit.base_url)
+    chat.page.fill("#key-input", "secret")
+    chat.page.keyboard.press("Enter")
+    chat.wait_until_ready()
     chat.ask("hi")
     chat.wait_for("You said: hi")
     chat.wait_until_done()
