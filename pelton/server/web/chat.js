@@ -69,6 +69,21 @@ function open(conversation) {
   follow(true);
 }
 
+/** Shows what another tab wrote. What did not change keeps its nodes, so that an edit or the place of reading is not lost. */
+function takeOver(conversation) {
+  current = conversation;
+  const { messages } = current;
+  const top = thread.scrollTop;
+  const changed = views.findIndex((view, index) => JSON.stringify(view.message) !== JSON.stringify(messages[index]));
+  if (changed >= 0) for (const view of views.splice(changed)) view.root.remove();
+  views.forEach((view, index) => { view.message = messages[index]; });
+  for (const message of messages.slice(views.length)) addView(message);
+  showLast();
+  showList();
+  showState();
+  if (!following) thread.scrollTop = top;
+}
+
 function addView(message) {
   const actions = {
     edit: (text) => editLast(text),
@@ -355,7 +370,7 @@ addEventListener("storage", (event) => {
   if (event.key && running.has(event.key.split(".").at(-1))) return; // this tab writes that one
   if (!store.refresh(event.key, event.newValue)) return;
   const fresh = store.get(current.id);
-  if (fresh && fresh !== current) open(fresh);
+  if (fresh && fresh !== current) takeOver(fresh);
   else showList();
 });
 

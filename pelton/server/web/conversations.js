@@ -16,6 +16,8 @@ function parse(text) {
     const found = JSON.parse(text);
     if (typeof found?.id !== "string" || !Array.isArray(found.messages)) return null;
     if (!found.messages.every((message) => typeof message?.content === "string")) return null;
+    // Nothing tells a tab that still writes an answer from one that is gone, and an answer must not stay open for ever.
+    for (const message of found.messages) if (message.state === "streaming") message.state = "stopped";
     return found;
   } catch {
     return null;
@@ -37,9 +39,7 @@ export class Conversations {
         const key = this.storage.key(i);
         if (!key.startsWith(PREFIX)) continue;
         const conversation = parse(this.storage.getItem(key));
-        if (!conversation) continue;
-        for (const message of conversation.messages) if (message.state === "streaming") message.state = "stopped";
-        this.all.set(conversation.id, conversation);
+        if (conversation) this.all.set(conversation.id, conversation);
       }
     } catch { /* storage is off: conversations live as long as the page */ }
   }

@@ -35,21 +35,25 @@ export class QuestionView {
   constructor(message, actions) {
     this.message = message;
     this.actions = actions;
+    this.editing = false;
     this.root = el("article", { class: "message user", "aria-label": "You" });
     this.show(false);
   }
 
   /** `last`: the message may be edited. */
   show(last) {
+    if (last && this.editing) return; // what is being typed stays
+    this.editing = false;
     const tools = el("div", { class: "tools" }, iconButton("copy", "Copy", (event) => copyFrom(event.currentTarget, this.message.content)));
     if (last) tools.prepend(iconButton("edit", "Edit", () => this.edit()));
     this.root.replaceChildren(el("div", { class: "bubble", text: this.message.content }), tools);
   }
 
   edit() {
+    this.editing = true;
     const area = el("textarea", { "aria-label": "Edit the message" });
     area.value = this.message.content;
-    const cancel = () => { this.show(true); this.root.querySelector("button").focus(); };
+    const cancel = () => { this.editing = false; this.show(true); this.root.querySelector("button").focus(); };
     const send = () => { if (area.value.trim()) this.actions.edit(area.value); };
     area.addEventListener("keydown", (event) => {
       if (event.isComposing) return;

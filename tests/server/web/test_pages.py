@@ -389,6 +389,65 @@ def test_an_answer_goes_on_while_another_conversation_is_read(chat: ChatPage, ap
     assert api.disconnects == 0
 
 
+def test_what_another_tab_writes_disturbs_nobody(chat: ChatPage) -> None:
+    chat.open().ask("one")
+    chat.wait_until_done()
+    writer = chat.visit.context.new_page()
+    writer.goto(chat.visit.base_url)
+
+    def write(text: str) -> None:
+        writer.evaluate(
+            """(text) => {
+                const key = Object.keys(localStorage).find((name) => name.startsWith("pelton.conversation."));
+                const conversation = JSON.parse(localStorage.getItem(key));
+                Object.assign(conversation.messages.at(-1), { content: text, state: "streaming" });
+                localStorage.setItem(key, JSON.stringify(conversation));
+            }""",
+            text,
+        )
+        chat.wait_for(text[-5:])
+
+    long = "line\n\n" * 100
+    write(long + "first")
+    chat.page.get_by_role("button", name="Edit", exact=True).click()
+    area = chat.page.get_by_label("Edit the message")
+    area.fill("draft")
+    expect(chat.page.locator("#latest")).to_be_visible()
+    before = chat.page.evaluate("document.querySelector('#thread').scrollTop")
+    write(long + "first, then")
+    expect(area).to_have_value("draft")
+    expect(area).to_be_focused()
+    assert chat.page.evaluate("document.querySelector('#thread').scrollTop") == before
+    # The other tab may have gone: the answer is not left open.
+    expect(chat.page.locator(".message.assistant")).to_have_attribute("aria-busy", "false")
+    expect(chat.page.get_by_role("button", name="Regenerate")).to_be_attached()
+    area.press("Enter")
+    chat.wait_for("You said: draft")
+
+
+def test_the_list_of_conversations_keeps_the_focus(chat: ChatPage, api: FakeApi) -> None:
+    gate = threading.Event()
+    api.script = [("text", "slow"), ("gate", gate)]
+    chat.open().ask("one")
+    chat.wait_for("slow")
+    delete = chat.page.get_by_role("button", name="Delete “one”")
+    delete.focus()
+    gate.set()
+    expect(chat.page.locator("#conversations li.running")).to_have_count(0)
+    expect(delete).to_be_focused()
+    chat.page.keyboard.press("Enter")
+    expect(chat.page.get_by_role("button", name="Deleted. Undo")).to_be_focused()
+    chat.page.keyboard.press("Enter")
+    chat.wait_for("slow")
+
+
+def test_a_screen_without_a_pointer_shows_every_button(visit_as: Callable[..., Visit]) -> None:
+    chat = ChatPage(visit_as(viewport={"width": 1280, "height": 800}, has_touch=True, is_mobile=True)).open()
+    chat.ask("one")
+    chat.wait_until_done()
+    expect(chat.page.get_by_role("button", name="Delete “one”")).to_have_css("opacity", "1")
+
+
 def test_damaged_storage_is_left_out(chat: ChatPage) -> None:
     chat.open().page.evaluate("""() => {
         localStorage.setItem("pelton.conversation.a", "{broken");
