@@ -107,22 +107,28 @@ function showLast() {
 }
 
 function showList() {
-  byId("conversations").replaceChildren(...store.list().map((conversation) => {
+  const list = byId("conversations");
+  const focused = list.contains(document.activeElement) ? document.activeElement : null;
+  list.replaceChildren(...store.list().map((conversation) => {
     const name = titleOf(conversation);
     const here = conversation.id === current.id;
-    return el("li", { class: [here ? "current" : "", running.has(conversation.id) ? "running" : ""].join(" ").trim() },
+    return el("li", { "data-id": conversation.id, class: [here ? "current" : "", running.has(conversation.id) ? "running" : ""].join(" ").trim() },
       el("button", { type: "button", class: "open", text: name, title: name, "aria-current": here ? "true" : null,
         on: { click: () => { open(conversation); closePanels(); if (!narrow.matches) prompt.focus(); } } }),
       iconButton("trash", `Delete “${name}”`, () => remove(conversation)));
   }));
   if (removed) {
-    byId("conversations").append(el("li", {}, el("button", { type: "button", class: "open", text: "Deleted. Undo", on: { click: () => {
+    list.append(el("li", { "data-id": removed.id }, el("button", { type: "button", class: "open", text: "Deleted. Undo", on: { click: () => {
       const back = removed;
       removed = null;
       store.save(back);
       open(back);
     } } })));
   }
+  if (!focused) return;
+  const item = [...list.children].find(({ dataset }) => dataset.id === focused.parentElement.dataset.id);
+  const button = item?.querySelector(focused.matches(".open") ? ".open" : ".icon-button") ?? item?.firstElementChild;
+  (button ?? byId("new")).focus();
 }
 
 function remove(conversation) {
