@@ -131,7 +131,8 @@ export class AnswerView {
       const summary = el("summary");
       const details = el("details", { class: "reasoning" }, summary, text);
       this.reasoning = { summary, details, view: new MarkdownView(text) };
-      details.addEventListener("toggle", () => this.draw());
+      // Not draw(), which follows the end of the answer: away from what was just opened.
+      details.addEventListener("toggle", () => this.drawReasoning(this.message.state === "streaming"));
       this.body.before(details);
     }
     const thinking = streaming && !message.content;

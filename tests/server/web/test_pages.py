@@ -124,6 +124,16 @@ def test_reasoning_is_folded(chat: ChatPage, api: FakeApi) -> None:
     assert api.bodies[-1]["messages"][1] == {"role": "assistant", "content": "42"}  # without the reasoning
 
 
+def test_opened_reasoning_stays_in_view(chat: ChatPage, api: FakeApi) -> None:
+    api.script = [("think", "thought\n\n" * 100 + "the last"), ("text", "42")]
+    chat.open().ask("why")
+    chat.wait_until_done()
+    summary = chat.page.locator(".reasoning summary")
+    summary.click()
+    expect(chat.page.locator(".reasoning .markdown")).to_contain_text("the last")
+    expect(summary).to_be_in_viewport()
+
+
 def test_parameters_are_sent_and_kept(chat: ChatPage, api: FakeApi) -> None:
     chat.open()
     numbers = {
