@@ -148,6 +148,20 @@ def test_another_measure_and_another_range(live: DashboardPage) -> None:
         assert live.colours("#load canvas") > 3
 
 
+def test_charts_that_left_the_page_are_forgotten(live: DashboardPage) -> None:
+    devtools = live.visit.context.new_cdp_session(live.page)
+
+    def nodes() -> int:
+        devtools.send("HeapProfiler.collectGarbage")
+        return int(devtools.send("Memory.getDOMCounters")["nodes"])
+
+    before = nodes()
+    for _ in range(20):
+        for name in ("ITL", "E2E"):
+            live.page.get_by_role("button", name=name).click()
+    assert nodes() < before + 300  # forty charts have some 1,500
+
+
 def test_pause_keeps_the_picture_and_goes_on_collecting(
     dashboard: DashboardPage, api: FakeApi, feed: list[dict[str, Any]]
 ) -> None:
