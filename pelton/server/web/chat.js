@@ -2,6 +2,7 @@
 import { ApiError, request } from "./api.js";
 import { Conversations, exportFile, newConversation, requestMessages, titleOf } from "./conversations.js";
 import { announce, byId, el, iconButton } from "./dom.js";
+import { count } from "./format.js";
 import { Generation } from "./generation.js";
 import { AnswerView, QuestionView } from "./messages.js";
 import { Parameters } from "./parameters.js";
@@ -11,7 +12,6 @@ const EXAMPLES = [
   "Write a Python function that merges overlapping intervals, with tests.",
   "Compare Pelton, Francis and Kaplan turbines in a table.",
 ];
-const number = new Intl.NumberFormat("en");
 const narrow = matchMedia("(max-width: 760px)");
 const overlaid = matchMedia("(max-width: 1080px)"); // the parameters cover the page
 
@@ -269,7 +269,7 @@ function showModel() {
   const model = models.find(({ id }) => id === chosenModel());
   byId("greeting").textContent = `Chat with ${model.id.split("/").at(-1)}`;
   byId("about").textContent = model.max_model_len
-    ? `Runs on this server with ${number.format(model.max_model_len)} tokens of context. Conversations stay in this browser.`
+    ? `Runs on this server with ${count(model.max_model_len)} tokens of context. Conversations stay in this browser.`
     : "Runs on this server. Conversations stay in this browser.";
   showState();
 }
@@ -288,7 +288,7 @@ function showState() {
   document.title = current.messages.length ? `${titleOf(current)} · Pelton` : "Pelton";
   const limit = models.find(({ id }) => id === last?.request?.model)?.max_model_len;
   const used = (last?.stats?.prompt_tokens ?? 0) + (last?.stats?.completion_tokens ?? 0);
-  byId("context").textContent = used && limit ? `${number.format(used)} of ${number.format(limit)} tokens of context` : "";
+  byId("context").textContent = used && limit ? `${count(used)} of ${count(limit)} tokens of context` : "";
   showMode();
 }
 

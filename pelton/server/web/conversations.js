@@ -3,12 +3,12 @@
 const PREFIX = "pelton.conversation.";
 
 /**
- * A conversation: {id, title, created, updated, messages}. A message: {role, content} and, for answers,
+ * A conversation: {id, created, updated, messages}. A message: {role, content} and, for answers,
  * {reasoning, calls, state: "streaming"|"done"|"stopped"|"failed", finish, error, request, stats}.
  */
 export function newConversation() {
   const id = crypto.randomUUID?.() ?? Array.from(crypto.getRandomValues(new Uint32Array(4)), (n) => n.toString(16)).join("");
-  return { id, title: "", created: Date.now(), updated: Date.now(), messages: [] };
+  return { id, created: Date.now(), updated: Date.now(), messages: [] };
 }
 
 function parse(text) {
@@ -28,7 +28,6 @@ export class Conversations {
   constructor(storage) {
     this.storage = storage;
     this.all = new Map();
-    this.full = false;
     this.load();
   }
 
@@ -68,11 +67,10 @@ export class Conversations {
     this.all.set(conversation.id, conversation);
     try {
       this.storage.setItem(PREFIX + conversation.id, JSON.stringify(conversation));
-      this.full = false;
+      return true;
     } catch {
-      this.full = true;
+      return false;
     }
-    return !this.full;
   }
 
   remove(id) {
@@ -102,9 +100,9 @@ export function requestMessages(messages, system) {
 
 export function exportFile(conversation) {
   const name = titleOf(conversation).toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 40);
-  const { title, created, updated, messages } = conversation;
+  const { created, updated, messages } = conversation;
   const text = JSON.stringify({
-    format: "pelton-conversation", title: title || titleOf(conversation),
+    format: "pelton-conversation", title: titleOf(conversation),
     created: new Date(created).toISOString(), updated: new Date(updated).toISOString(), messages,
   }, null, 2);
   const link = document.createElement("a");

@@ -18,10 +18,10 @@ def module_page(browser: Browser, running_api: FakeApi) -> Iterator[Page]:
     with Visit(browser, running_api.url) as visit:
         visit.page.goto(running_api.url + "/")
         visit.page.evaluate("""async () => {
-            const { MarkdownView, renderMarkdown } = await import("/web/markdown_view.js");
+            const { MarkdownView } = await import("/web/markdown_view.js");
             window.html = (text) => {
                 const root = document.createElement("div");
-                renderMarkdown(root, text);
+                new MarkdownView(root).update(text, true);
                 return root.innerHTML;
             };
             window.pieces = (pieces) => {
@@ -31,7 +31,7 @@ def module_page(browser: Browser, running_api: FakeApi) -> Iterator[Page]:
                 for (const piece of pieces) view.update(text += piece);
                 view.update(text, true);
                 const whole = document.createElement("div");
-                renderMarkdown(whole, text);
+                new MarkdownView(whole).update(text, true);
                 return root.isEqualNode(whole) ? "" : root.innerHTML;
             };
             window.growing = (text) => {
