@@ -21,20 +21,13 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from pelton.server.pages import _POLICY, _TYPES
+
 WEB = Path(__file__).parents[2] / "pelton" / "server" / "web"
 HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'self'; img-src 'self' data:; style-src 'self'; base-uri 'none'; frame-ancestors 'none'; "
-        "form-action 'self'"
-    ),
+    "Content-Security-Policy": _POLICY,
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-cache",
-}
-MEDIA_TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".svg": "image/svg+xml",
 }
 
 # One thing that the server does while it answers: ("text" | "think" | "raw" | "error", str), ("wait", seconds),
@@ -179,7 +172,7 @@ def page(name: str) -> Response:
     path = WEB / name
     if not path.is_file():
         return error(404, f"There is no file {name!r}.")
-    return FileResponse(path, media_type=MEDIA_TYPES[path.suffix], headers=HEADERS)
+    return FileResponse(path, media_type=_TYPES[path.suffix[1:]].decode(), headers=HEADERS)
 
 
 def error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:

@@ -1,8 +1,10 @@
 // Requests to the server: the API key, and errors that say what to do.
-import { byId } from "./dom.js";
+import { el } from "./dom.js";
 
 const KEY = "pelton.key";
+let key = null;
 let asking = null;
+try { key = sessionStorage.getItem(KEY); } catch { /* storage is off: the key holds for this page only */ }
 
 /** An error of a request: `status` is 0 if no answer came. `advice` says what the reader can do. */
 export class ApiError extends Error {
@@ -28,46 +30,41 @@ function adviceFor(status, code, message) {
   return "Try again. If it comes back, the server's log has the cause.";
 }
 
-function storedKey() {
-  try { return sessionStorage.getItem(KEY); } catch { return null; }
-}
-
 /** Asks for the key once, however many requests wait for it. Resolves to false if the reader declines. */
 function askForKey(tried) {
   asking ??= new Promise((resolve) => {
-    const dialog = byId("key-dialog");
-    const input = byId("key-input");
-    byId("key-problem").textContent = tried ? "The server did not accept that key." : "";
-    input.value = "";
-    input.setAttribute("aria-invalid", tried ? "true" : "false");
-    dialog.returnValue = "";
+    const input = el("input", { id: "key-input", type: "password", autocomplete: "off", spellcheck: "false",
+      "aria-invalid": String(tried), "aria-describedby": "key-problem" });
+    const dialog = el("dialog", { id: "key-dialog", "aria-labelledby": "key-title" }, el("form", { method: "dialog" },
+      el("h2", { id: "key-title", text: "API key" }),
+      el("p", { class: "hint", text: "This server asks for a key. It stays in this tab and is forgotten when the tab closes." }),
+      el("label", { for: "key-input", text: "Key" }), input,
+      el("p", { class: "problem", id: "key-problem", role: "alert", text: tried ? "The server did not accept that key." : "" }),
+      el("div", { class: "actions" },
+        el("button", { class: "button", id: "key-cancel", type: "button", text: "Cancel", on: { click: () => dialog.close() } }),
+        el("button", { class: "button primary", value: "save", text: "Continue" }))));
     dialog.addEventListener("close", () => {
       asking = null;
-      const key = input.value.trim();
-      if (dialog.returnValue !== "save" || !key) return resolve(false);
-      try { sessionStorage.setItem(KEY, key); } catch { /* asked again at the next request */ }
+      dialog.remove();
+      const typed = input.value.trim();
+      if (dialog.returnValue !== "save" || !typed) return resolve(false);
+      key = typed;
+      try { sessionStorage.setItem(KEY, key); } catch { /* it holds for this page only */ }
       resolve(true);
-    }, { once: true });
+    });
+    document.body.append(dialog);
     dialog.showModal();
     input.focus();
   });
   return asking;
 }
 
-addEventListener("DOMContentLoaded", () => {
-  byId("key-form")?.addEventListener("submit", (event) => {
-    event.preventDefault();
-    byId("key-dialog").close("save");
-  });
-  byId("key-cancel")?.addEventListener("click", () => byId("key-dialog").close(""));
-});
-
 /** fetch with the key; asks for one on 401 and repeats the request. Throws ApiError, or AbortError on abort. */
 export async function request(path, { body, signal } = {}) {
   for (;;) {
-    const key = storedKey();
+    const tried = key;
     const headers = {};
-    if (key) headers.Authorization = `Bearer ${key}`;
+    if (tried) headers.Authorization = `Bearer ${tried}`;
     if (body) headers["Content-Type"] = "application/json";
     let response;
     try {
@@ -81,7 +78,7 @@ export async function request(path, { body, signal } = {}) {
     const error = await readError(response);
     if (response.status !== 401) throw error;
     // Another request may have got a new key meanwhile: use that one before asking again.
-    if (storedKey() === key && !(await askForKey(Boolean(key)))) throw error;
+    if (tried === key && !(await askForKey(Boolean(tried)))) throw error;
     signal?.throwIfAborted();
   }
 }

@@ -44,7 +44,6 @@ export class LineChart {
    * columns and of the palette); `format(value)` writes values with their unit.
    */
   constructor(section, series, format) {
-    this.section = section;
     this.series = series;
     this.format = format;
     this.title = section.querySelector("h2").textContent;

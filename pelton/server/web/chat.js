@@ -2,6 +2,7 @@
 import { ApiError, request } from "./api.js";
 import { Conversations, exportFile, newConversation, requestMessages, titleOf } from "./conversations.js";
 import { announce, byId, el, iconButton } from "./dom.js";
+import { count } from "./format.js";
 import { Generation } from "./generation.js";
 import { AnswerView, QuestionView } from "./messages.js";
 import { Parameters } from "./parameters.js";
@@ -11,7 +12,6 @@ const EXAMPLES = [
   "Write a Python function that merges overlapping intervals, with tests.",
   "Compare Pelton, Francis and Kaplan turbines in a table.",
 ];
-const number = new Intl.NumberFormat("en");
 const narrow = matchMedia("(max-width: 760px)");
 const overlaid = matchMedia("(max-width: 1080px)"); // the parameters cover the page
 
@@ -69,6 +69,21 @@ function open(conversation) {
   follow(true);
 }
 
+/** Shows what another tab wrote. What did not change keeps its nodes, so that an edit or the place of reading is not lost. */
+function takeOver(conversation) {
+  current = conversation;
+  const { messages } = current;
+  const top = thread.scrollTop;
+  const changed = views.findIndex((view, index) => JSON.stringify(view.message) !== JSON.stringify(messages[index]));
+  if (changed >= 0) for (const view of views.splice(changed)) view.root.remove();
+  views.forEach((view, index) => { view.message = messages[index]; });
+  for (const message of messages.slice(views.length)) addView(message);
+  showLast();
+  showList();
+  showState();
+  if (!following) thread.scrollTop = top;
+}
+
 function addView(message) {
   const actions = {
     edit: (text) => editLast(text),
@@ -92,22 +107,28 @@ function showLast() {
 }
 
 function showList() {
-  byId("conversations").replaceChildren(...store.list().map((conversation) => {
+  const list = byId("conversations");
+  const focused = list.contains(document.activeElement) ? document.activeElement : null;
+  list.replaceChildren(...store.list().map((conversation) => {
     const name = titleOf(conversation);
     const here = conversation.id === current.id;
-    return el("li", { class: [here ? "current" : "", running.has(conversation.id) ? "running" : ""].join(" ").trim() },
+    return el("li", { "data-id": conversation.id, class: [here ? "current" : "", running.has(conversation.id) ? "running" : ""].join(" ").trim() },
       el("button", { type: "button", class: "open", text: name, title: name, "aria-current": here ? "true" : null,
         on: { click: () => { open(conversation); closePanels(); if (!narrow.matches) prompt.focus(); } } }),
       iconButton("trash", `Delete “${name}”`, () => remove(conversation)));
   }));
   if (removed) {
-    byId("conversations").append(el("li", {}, el("button", { type: "button", class: "open", text: "Deleted. Undo", on: { click: () => {
+    list.append(el("li", { "data-id": removed.id }, el("button", { type: "button", class: "open", text: "Deleted. Undo", on: { click: () => {
       const back = removed;
       removed = null;
       store.save(back);
       open(back);
     } } })));
   }
+  if (!focused) return;
+  const item = [...list.children].find(({ dataset }) => dataset.id === focused.parentElement.dataset.id);
+  const button = item?.querySelector(focused.matches(".open") ? ".open" : ".icon-button") ?? item?.firstElementChild;
+  (button ?? byId("new")).focus();
 }
 
 function remove(conversation) {
@@ -132,23 +153,24 @@ function say(problem) {
   byId("problem").textContent = problem;
 }
 
-function send(text) {
-  if (running.has(current.id) || !text.trim()) return false;
+/** Whether a request can be made now; says what is in its way. Asked before anything of the conversation changes. */
+function ready() {
   const problem = parameters.check(true);
-  if (problem) {
-    say(problem);
-    if (byId("settings").hidden) toggleSettings(true);
-    return false;
-  }
-  if (!models.length) {
-    say("The server's models are not known yet. Reload the page once the server runs.");
-    return false;
-  }
-  say("");
+  say(problem || (models.length ? "" : "The server's models are not known yet. Reload the page once the server runs."));
+  if (problem && byId("settings").hidden) toggleSettings(true);
+  return !problem && models.length > 0;
+}
+
+function send(text) {
+  if (running.has(current.id) || !text.trim() || !ready()) return false;
+  ask(text);
+  return true;
+}
+
+function ask(text) {
   current.messages.push({ role: "user", content: text });
   addView(current.messages.at(-1));
   answer();
-  return true;
 }
 
 function answer() {
@@ -196,18 +218,18 @@ function dropLastAnswer() {
 }
 
 function regenerate() {
-  const problem = parameters.check(true);
-  if (problem) { say(problem); return toggleSettings(true); }
+  if (!ready()) return;
   dropLastAnswer();
   answer();
   prompt.focus();
 }
 
 function editLast(text) {
+  if (!ready()) return;
   dropLastAnswer();
   current.messages.pop();
   views.pop().root.remove();
-  send(text);
+  ask(text);
   prompt.focus();
 }
 
@@ -247,7 +269,7 @@ function showModel() {
   const model = models.find(({ id }) => id === chosenModel());
   byId("greeting").textContent = `Chat with ${model.id.split("/").at(-1)}`;
   byId("about").textContent = model.max_model_len
-    ? `Runs on this server with ${number.format(model.max_model_len)} tokens of context. Conversations stay in this browser.`
+    ? `Runs on this server with ${count(model.max_model_len)} tokens of context. Conversations stay in this browser.`
     : "Runs on this server. Conversations stay in this browser.";
   showState();
 }
@@ -266,7 +288,7 @@ function showState() {
   document.title = current.messages.length ? `${titleOf(current)} · Pelton` : "Pelton";
   const limit = models.find(({ id }) => id === last?.request?.model)?.max_model_len;
   const used = (last?.stats?.prompt_tokens ?? 0) + (last?.stats?.completion_tokens ?? 0);
-  byId("context").textContent = used && limit ? `${number.format(used)} of ${number.format(limit)} tokens of context` : "";
+  byId("context").textContent = used && limit ? `${count(used)} of ${count(limit)} tokens of context` : "";
   showMode();
 }
 
@@ -326,7 +348,7 @@ prompt.addEventListener("keydown", (event) => {
   byId("composer").requestSubmit();
 });
 addEventListener("keydown", (event) => {
-  if (event.key !== "Escape" || event.isComposing || byId("key-dialog").open) return;
+  if (event.key !== "Escape" || event.isComposing || byId("key-dialog")) return;
   if (!closePanels()) running.get(current.id)?.stop();
 });
 byId("stop").addEventListener("click", () => { running.get(current.id)?.stop(); prompt.focus(); });
@@ -354,7 +376,7 @@ addEventListener("storage", (event) => {
   if (event.key && running.has(event.key.split(".").at(-1))) return; // this tab writes that one
   if (!store.refresh(event.key, event.newValue)) return;
   const fresh = store.get(current.id);
-  if (fresh && fresh !== current) open(fresh);
+  if (fresh && fresh !== current) takeOver(fresh);
   else showList();
 });
 

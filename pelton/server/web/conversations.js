@@ -3,12 +3,12 @@
 const PREFIX = "pelton.conversation.";
 
 /**
- * A conversation: {id, title, created, updated, messages}. A message: {role, content} and, for answers,
+ * A conversation: {id, created, updated, messages}. A message: {role, content} and, for answers,
  * {reasoning, calls, state: "streaming"|"done"|"stopped"|"failed", finish, error, request, stats}.
  */
 export function newConversation() {
   const id = crypto.randomUUID?.() ?? Array.from(crypto.getRandomValues(new Uint32Array(4)), (n) => n.toString(16)).join("");
-  return { id, title: "", created: Date.now(), updated: Date.now(), messages: [] };
+  return { id, created: Date.now(), updated: Date.now(), messages: [] };
 }
 
 function parse(text) {
@@ -16,6 +16,8 @@ function parse(text) {
     const found = JSON.parse(text);
     if (typeof found?.id !== "string" || !Array.isArray(found.messages)) return null;
     if (!found.messages.every((message) => typeof message?.content === "string")) return null;
+    // Nothing tells a tab that still writes an answer from one that is gone, and an answer must not stay open for ever.
+    for (const message of found.messages) if (message.state === "streaming") message.state = "stopped";
     return found;
   } catch {
     return null;
@@ -26,7 +28,6 @@ export class Conversations {
   constructor(storage) {
     this.storage = storage;
     this.all = new Map();
-    this.full = false;
     this.load();
   }
 
@@ -37,9 +38,7 @@ export class Conversations {
         const key = this.storage.key(i);
         if (!key.startsWith(PREFIX)) continue;
         const conversation = parse(this.storage.getItem(key));
-        if (!conversation) continue;
-        for (const message of conversation.messages) if (message.state === "streaming") message.state = "stopped";
-        this.all.set(conversation.id, conversation);
+        if (conversation) this.all.set(conversation.id, conversation);
       }
     } catch { /* storage is off: conversations live as long as the page */ }
   }
@@ -68,11 +67,10 @@ export class Conversations {
     this.all.set(conversation.id, conversation);
     try {
       this.storage.setItem(PREFIX + conversation.id, JSON.stringify(conversation));
-      this.full = false;
+      return true;
     } catch {
-      this.full = true;
+      return false;
     }
-    return !this.full;
   }
 
   remove(id) {
@@ -102,9 +100,9 @@ export function requestMessages(messages, system) {
 
 export function exportFile(conversation) {
   const name = titleOf(conversation).toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 40);
-  const { title, created, updated, messages } = conversation;
+  const { created, updated, messages } = conversation;
   const text = JSON.stringify({
-    format: "pelton-conversation", title: title || titleOf(conversation),
+    format: "pelton-conversation", title: titleOf(conversation),
     created: new Date(created).toISOString(), updated: new Date(updated).toISOString(), messages,
   }, null, 2);
   const link = document.createElement("a");

@@ -33,6 +33,7 @@ let measure = MEASURES[0][0];
 
 let latest = null;
 let paused = false;
+let kept = null; // while paused: what the charts show, for each range
 let connection = "connecting";
 let detail = {};
 
@@ -79,9 +80,10 @@ function draw() {
 
 function drawCharts() {
   if (!latest) return;
-  const seconds = Number(byId("range").value);
-  const data = history.read(seconds);
-  for (const chart of [output, prompt, load, latencyChart]) chart.show(data, history.latest - seconds, history.latest);
+  const seconds = byId("range").value;
+  const data = kept?.get(seconds) ?? history.read(Number(seconds));
+  const end = data.time.at(-1);
+  for (const chart of [output, prompt, load, latencyChart]) chart.show(data, end - seconds, end);
 }
 
 // The state in the header
@@ -112,6 +114,7 @@ function connectionChanged(state, more = {}) {
 
 function setPaused(value) {
   paused = value;
+  kept = paused ? new Map([...byId("range").options].map((range) => [range.value, history.read(Number(range.value))])) : null;
   const button = byId("pause");
   button.setAttribute("aria-pressed", String(paused));
   button.setAttribute("aria-label", "Pause");

@@ -197,7 +197,7 @@ function parseParagraph(lines, at) {
 // Inlines
 
 const PLAIN = /[^\\`*_~[\]!<&h\n]+/y;
-const ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", mdash: "—", ndash: "–", hellip: "…" };
+const ENTITIES = { __proto__: null, amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", mdash: "—", ndash: "–", hellip: "…" };
 const ENTITY = /&(?:#(\d{1,7})|#[xX]([0-9a-fA-F]{1,6})|([a-zA-Z]{2,8}));/y;
 const ANGLE = /<((?:https?:\/\/|mailto:)[^\s<>]+)>/y;
 const BREAK = /<br[ \t]*\/?>/iy;
@@ -358,7 +358,7 @@ export function inlines(text, open = false) {
     const opener = brackets.pop();
     const found = opener && match(TARGET, text, from + 1);
     if (!found) { plain += "]"; return from + 1; }
-    const children = out.splice(opener.at).slice(1);
+    const children = unlinked(out.splice(opener.at).slice(1));
     openers.length = Math.min(openers.length, opener.height);
     for (const [name, height] of floor) if (height > openers.length) floor.set(name, openers.length);
     const href = (found[1] ?? found[2]).replace(/\\([!-/:-@[-`{-~])/g, "$1");
@@ -376,11 +376,21 @@ export function inlines(text, open = false) {
   }
 }
 
+/** The nodes with links replaced by what they hold: links do not nest. */
+function unlinked(nodes) {
+  return nodes.flatMap((node) => {
+    if (node.type === "link") return node.children;
+    return node.children ? { ...node, children: unlinked(node.children) } : node;
+  });
+}
+
+/** A bare address without the marks of the sentence around it. */
 function trimmed(address) {
-  for (;;) {
-    const last = address.at(-1);
-    const unbalanced = last === ")" && address.split(")").length > address.split("(").length;
-    if (!unbalanced && !/[.,:;!?'*_~]/.test(last)) return address;
-    address = address.slice(0, -1);
+  let unopened = address.split(")").length - address.split("(").length;
+  let end = address.length;
+  for (; ; end -= 1) {
+    const last = address[end - 1];
+    if (last === ")" && unopened > 0) unopened -= 1;
+    else if (!/[.,:;!?'*_~]/.test(last)) return address.slice(0, end);
   }
 }

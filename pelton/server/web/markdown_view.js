@@ -131,8 +131,3 @@ export class MarkdownView {
     if (keep > 0) this.offset += blocks[keep].start;
   }
 }
-
-/** Markdown that does not change, into `root`. */
-export function renderMarkdown(root, text) {
-  new MarkdownView(root).update(text, true);
-}

@@ -1,13 +1,7 @@
 // Views of messages: what was asked, and the answer that may still grow.
 import { copyFrom, el, iconButton } from "./dom.js";
+import { count, ms } from "./format.js";
 import { codeBlock, MarkdownView } from "./markdown_view.js";
-
-const number = new Intl.NumberFormat("en");
-
-function duration(ms) {
-  if (ms < 1000) return `${Math.round(ms)} ms`;
-  return ms < 60_000 ? `${(ms / 1000).toFixed(1)} s` : `${Math.floor(ms / 60_000)} min ${Math.round((ms % 60_000) / 1000)} s`;
-}
 
 const ENDS = { length: "cut at max_tokens", content_filter: "filtered", abort: "stopped by the server" };
 
@@ -17,14 +11,14 @@ function statsOf(message) {
   if (!stats) return [];
   const parts = [];
   const add = (text, title) => parts.push([text, title]);
-  if (stats.ttft_ms !== null) add(`TTFT ${duration(stats.ttft_ms)}`, "From sending to the first token, by this browser's clock");
+  if (stats.ttft_ms !== null) add(`TTFT ${ms(stats.ttft_ms)}`, "From sending to the first token, by this browser's clock");
   if (stats.tokens_per_s !== null) add(`${stats.tokens_per_s.toFixed(1)} tokens/s`, "Tokens after the first, by the time since the first");
   if (stats.completion_tokens !== null) {
-    const cached = stats.cached_tokens ? ` (${number.format(stats.cached_tokens)} cached)` : "";
-    const prompt = `${number.format(stats.prompt_tokens ?? 0)}${cached}`;
-    add(`${prompt} → ${number.format(stats.completion_tokens)} tokens`, "Tokens of the prompt → tokens of the answer");
+    const cached = stats.cached_tokens ? ` (${count(stats.cached_tokens)} cached)` : "";
+    const prompt = `${count(stats.prompt_tokens ?? 0)}${cached}`;
+    add(`${prompt} → ${count(stats.completion_tokens)} tokens`, "Tokens of the prompt → tokens of the answer");
   }
-  add(duration(stats.total_ms), "From sending to the end");
+  add(ms(stats.total_ms), "From sending to the end");
   if (state === "stopped") add("stopped", "You stopped this answer");
   else if (ENDS[finish]) add(ENDS[finish], `finish_reason: ${finish}`);
   return parts;
@@ -35,21 +29,25 @@ export class QuestionView {
   constructor(message, actions) {
     this.message = message;
     this.actions = actions;
+    this.editing = false;
     this.root = el("article", { class: "message user", "aria-label": "You" });
     this.show(false);
   }
 
   /** `last`: the message may be edited. */
   show(last) {
+    if (last && this.editing) return; // what is being typed stays
+    this.editing = false;
     const tools = el("div", { class: "tools" }, iconButton("copy", "Copy", (event) => copyFrom(event.currentTarget, this.message.content)));
     if (last) tools.prepend(iconButton("edit", "Edit", () => this.edit()));
     this.root.replaceChildren(el("div", { class: "bubble", text: this.message.content }), tools);
   }
 
   edit() {
+    this.editing = true;
     const area = el("textarea", { "aria-label": "Edit the message" });
     area.value = this.message.content;
-    const cancel = () => { this.show(true); this.root.querySelector("button").focus(); };
+    const cancel = () => { this.editing = false; this.show(true); this.root.querySelector("button").focus(); };
     const send = () => { if (area.value.trim()) this.actions.edit(area.value); };
     area.addEventListener("keydown", (event) => {
       if (event.isComposing) return;
@@ -127,11 +125,12 @@ export class AnswerView {
       const summary = el("summary");
       const details = el("details", { class: "reasoning" }, summary, text);
       this.reasoning = { summary, details, view: new MarkdownView(text) };
-      details.addEventListener("toggle", () => this.draw());
+      // Not draw(), which follows the end of the answer: away from what was just opened.
+      details.addEventListener("toggle", () => this.drawReasoning(this.message.state === "streaming"));
       this.body.before(details);
     }
     const thinking = streaming && !message.content;
-    const took = message.thought_ms ? ` for ${duration(message.thought_ms)}` : "";
+    const took = message.thought_ms ? ` for ${ms(message.thought_ms)}` : "";
     this.reasoning.summary.textContent = thinking ? "Thinking…" : `Thought${took}`;
     // Folded reasoning costs nothing until it is opened.
     if (this.reasoning.details.open) this.reasoning.view.update(message.reasoning, !thinking);

@@ -1,6 +1,6 @@
 // A canvas that is sharp on every screen, follows its size and the theme, and draws at most once a frame.
 
-const NAMES = ["text", "muted", "line", "surface", "hover", "accent", "output", "prompt", "third", "wait", "danger", "line-strong"];
+const NAMES = ["text", "muted", "line", "surface", "hover", "output", "prompt", "third", "wait", "danger", "line-strong"];
 let colours = null;
 
 /** The theme's colours as values that a canvas understands. */
@@ -18,7 +18,13 @@ export function palette() {
   probe.remove();
   return colours;
 }
-addEventListener("themechange", () => { colours = null; });
+
+const surfaces = new WeakMap(); // canvas -> Surface: a canvas that has left the page is not kept
+
+addEventListener("themechange", () => {
+  colours = null;
+  for (const canvas of document.querySelectorAll("canvas")) surfaces.get(canvas)?.redraw();
+});
 
 export class Surface {
   /** `draw(context, width, height)` in CSS pixels; it is not called while the canvas has no size. */
@@ -28,7 +34,7 @@ export class Surface {
     this.draw = draw;
     this.frame = 0;
     new ResizeObserver(() => this.redraw()).observe(canvas);
-    addEventListener("themechange", () => this.redraw());
+    surfaces.set(canvas, this);
   }
 
   redraw() {

@@ -17,10 +17,10 @@ const failed = (request) => request.finished !== null && ["error", "abort"].incl
 
 export class Timeline {
   constructor(section) {
-    this.section = section;
     this.requests = new Map();
     this.steps = [];
     this.now = 0;
+    this.shown = null; // what is drawn, whatever is added meanwhile: {now, requests, steps, lanes}
     this.pointer = null;
     this.bars = [];
     this.canvas = el("canvas", { role: "img" });
@@ -75,11 +75,11 @@ export class Timeline {
     if (first) this.steps.splice(0, first);
   }
 
-  /** Gives each new request the lowest lane that is free from its arrival on. */
-  assignLanes() {
+  /** Gives each new request the lowest lane that is free from its arrival on; returns the number of lanes. */
+  assignLanes(requests) {
     const ends = [];
     const taken = (request) => { ends[request.lane] = Math.max(ends[request.lane] ?? -Infinity, request.finished ?? Infinity); };
-    const all = [...this.requests.values()].sort((a, b) => a.arrived - b.arrived);
+    const all = requests.toSorted((a, b) => a.arrived - b.arrived);
     for (const request of all) if (request.lane !== null) taken(request);
     for (const request of all) {
       if (request.lane !== null) continue;
@@ -93,6 +93,7 @@ export class Timeline {
 
   show() {
     const all = [...this.requests.values()];
+    this.shown = { now: this.now, requests: all, steps: [...this.steps], lanes: this.assignLanes(all) };
     const waiting = all.filter((request) => request.scheduled === null && request.finished === null).length;
     const running = all.filter((request) => request.scheduled !== null && request.finished === null).length;
     const bad = all.filter(failed).length;
@@ -103,8 +104,8 @@ export class Timeline {
   }
 
   fillTable() {
-    if (!this.details.open) return;
-    const latest = [...this.requests.values()].sort((a, b) => b.arrived - a.arrived).slice(0, TABLE_ROWS);
+    if (!this.details.open || !this.shown) return;
+    const latest = this.shown.requests.toSorted((a, b) => b.arrived - a.arrived).slice(0, TABLE_ROWS);
     this.table.replaceChildren(...latest.map((request) => el("tr", {}, el("th", { scope: "row", text: request.id }),
       ...this.facts(request).map((text) => el("td", { text })))));
   }
@@ -117,24 +118,25 @@ export class Timeline {
   }
 
   draw(context, width, height) {
+    if (!this.shown) return;
     const colours = palette();
-    const [from, to] = [this.now - WINDOW_S, this.now];
+    const { now: to, requests, lanes } = this.shown;
+    const from = to - WINDOW_S;
     const x = (time) => ((time - from) / WINDOW_S) * width;
     const bottom = height - AXIS;
     const room = bottom - STRIP - 8;
     timeAxis(context, from, to, width, bottom, 0);
-    const lanes = this.assignLanes();
     const pitch = Math.max(3, Math.min(16, room / lanes));
     const thick = Math.max(2, pitch - (pitch > 8 ? 3 : 1));
     this.bars = [];
     let hidden = 0;
-    for (const request of this.requests.values()) {
+    for (const request of requests) {
       const top = request.lane * pitch;
       if (top + thick > room) { hidden += 1; continue; }
       this.bar(context, request, x, top, thick);
     }
     if (hidden) this.note(context, `+ ${count(hidden)} more`, width, room);
-    if (!this.requests.size) {
+    if (!requests.length) {
       context.fillStyle = colours.muted;
       context.fillText("No requests in the last 60 seconds", 4, 14);
     }
@@ -144,7 +146,7 @@ export class Timeline {
 
   bar(context, request, x, top, thick) {
     const colours = palette();
-    const end = request.finished ?? this.now;
+    const end = request.finished ?? this.shown.now;
     const phases = [
       [request.arrived, request.scheduled ?? end, "wait"],
       [request.scheduled, request.first_token ?? end, "prompt"],
@@ -186,11 +188,12 @@ export class Timeline {
   /** Each step from its begin to its end; as high as its tokens: decode below, prefill above. */
   strip(context, x, bottom) {
     const colours = palette();
+    const { steps } = this.shown;
     let highest = 1;
-    for (const step of this.steps) highest = Math.max(highest, step.prefill + step.decode);
+    for (const step of steps) highest = Math.max(highest, step.prefill + step.decode);
     context.fillStyle = colours.muted;
     context.fillText(`tokens per step, up to ${count(highest)}`, 2, bottom - STRIP + 8);
-    for (const step of this.steps) {
+    for (const step of steps) {
       const left = x(step.t - step.s);
       const wide = Math.max(1, x(step.t) - left - 0.5);
       const scale = (STRIP - 16) / highest;
