@@ -287,7 +287,7 @@ export function inlines(text, open = false) {
   return out;
 
   function link(href, children) {
-    return { type: "link", href, children };
+    return { ...marked("link", children), href };
   }
 
   function ticks(from) {
@@ -344,7 +344,7 @@ export function inlines(text, open = false) {
       if (opener.count) out[opener.at].text = char.repeat(opener.count);
       else { out.pop(); openers.pop(); }
       for (const [name, height] of floor) if (height > openers.length) floor.set(name, openers.length);
-      out.push({ type: char === "~" ? "del" : used === 2 ? "strong" : "em", children });
+      out.push(marked(char === "~" ? "del" : used === 2 ? "strong" : "em", children));
     }
     if (count) {
       out.push({ type: "text", text: char.repeat(count) });
@@ -372,8 +372,18 @@ export function inlines(text, open = false) {
     const opener = openers.findLast((one) => one.char === "*" && one.count === 2 && one.at < out.length - 1);
     if (!opener) return;
     const children = out.splice(opener.at).slice(1);
-    out.push({ type: "strong", children });
+    out.push(marked("strong", children));
   }
+}
+
+/** A node around others; their mere text where marks are nested too deeply. */
+function marked(type, children) {
+  const depth = 1 + children.reduce((most, child) => Math.max(most, child.depth ?? 0), 0);
+  return depth <= MAX_DEPTH ? { type, children, depth } : { type: "text", text: children.map(textOf).join("") };
+}
+
+function textOf(node) {
+  return node.text ?? node.children?.map(textOf).join("") ?? " ";
 }
 
 /** The nodes with links replaced by what they hold: links do not nest. */

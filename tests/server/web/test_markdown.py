@@ -256,6 +256,8 @@ REPEATED = ["*a ", "[", "`a ``b ", "> ", "- ", "**_", "![", "[a](", "~~", "1. ",
     + [
         pytest.param("https://x" + ")" * 60_000, id="closing brackets"),
         pytest.param("![a" * 3000 + "](b)" * 3000, id="nested links"),
+        pytest.param("*a _b " * 3000 + "c" + "_*" * 3000, id="nested marks"),
+        pytest.param("[" + "*a _b " * 3000 + "c" + "_*" * 3000 + "](b)", id="nested marks in a link"),
     ],
 )
 def test_hostile_repetition_is_read_in_time(module_page: Page, text: str) -> None:
