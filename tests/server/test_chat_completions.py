@@ -135,9 +135,9 @@ def thinking() -> Iterator[Running]:
 
 
 def test_an_answer_that_is_prescribed_is_no_thought() -> None:
-    request = CompletionRequest(prompt="")
+    request, thoughts = CompletionRequest(prompt=""), ReasoningFormat("think", "<think>", "</think>", inside=True)
     for structure, thinks in (({"choice": ["YES", "NO"]}, False), ({"regex": "YES|NO"}, False), ({"json": "{}"}, True)):
-        asked = Conversation(EncodedPrompt(None, [], False), ReasoningFormat("think", "<think>", "</think>", inside=True))
+        asked = Conversation(EncodedPrompt(None, [], False), thoughts)
         service: Any = SimpleNamespace(
             structure_of=lambda request, s=structure: StructuredOutputsParams(**s), params=lambda request, **more: more,
             tokenizer=FakeTokenizer(),
