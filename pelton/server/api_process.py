@@ -1,7 +1,8 @@
 """A process that speaks HTTP: ``python -m pelton.server.api_process STATUS_FD LISTEN_FD``.
 
 Reads an ApiProcessConfig as JSON from standard input, whose end is also the end of the process. SIGTERM: no new
-requests, then the end, when all answers are complete or ``drain_timeout`` is over.
+requests, then the end, when all answers are complete or ``drain_timeout`` is over. It says how it gets on in lines of
+JSON on STATUS_FD: ``{"ready": true}``, ``{"error": text}``, and ``{"alive": seconds}`` as long as its event loop turns.
 """
 
 from __future__ import annotations
@@ -91,6 +92,10 @@ def main() -> None:
                 await asyncio.sleep(0.005)
             if server.started:
                 status.write(json.dumps({"ready": True}) + "\n")
+            while not serving.done():
+                await asyncio.wait([serving], timeout=1.0)
+                with contextlib.suppress(OSError):  # whoever listened is gone, and so will this be
+                    status.write(json.dumps({"alive": time.monotonic()}) + "\n")
             await serving
 
         import uvloop

@@ -53,6 +53,9 @@ class _Child:
     failures: int = 0
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
+    def __str__(self) -> str:
+        return f"{'engine' if self.engine else 'API process'} {self.name}"
+
 
 class Supervisor:
     """Runs a server until it is told to end.
@@ -138,14 +141,13 @@ class Supervisor:
                 return
             assert child.process is not None
             code = child.process.returncode
-            what = f"{'engine' if child.engine else 'API process'} {child.name}"
             child.failures = 0 if child.ready else child.failures + 1
             child.ready = False
             if child.failures >= _MOST_FAILURES or (child.failures and not self._is_up):
-                raise _FatalError(f"{what} ended with status {code} before it was ready; its messages are above")
+                raise _FatalError(f"{child} ended with status {code} before it was ready; its messages are above")
             if time.monotonic() - start > _LONG_ENOUGH:
                 backoff = _BACKOFF
-            log.error("%s ended with status %s; it is started again in %.1f s", what, code, backoff)
+            log.error("%s ended with status %s; it is started again in %.1f s", child, code, backoff)
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, _LONGEST_BACKOFF)
 
@@ -194,7 +196,7 @@ class Supervisor:
                 if "error" in message:
                     if not self._is_up:
                         raise _FatalError(message["error"])
-                    log.error("engine %s: %s", child.name, message["error"])
+                    log.error("%s: %s", child, message["error"])
                 if "progress" in message:
                     self._on_progress(*message["progress"])
                 if "ready" in message:
@@ -204,19 +206,19 @@ class Supervisor:
                         _tell_systemd("READY=1")
                         self._on_ready(self.port, time.monotonic() - self._started)
                     elif self._is_up:
-                        log.info("%s %s is back", "engine" if child.engine else "API process", child.name)
+                        log.info("%s is back", child)
         finally:
             transport.close()
 
     async def _watch(self) -> None:
-        """An engine that neither works nor ends, not even itself, is killed."""
+        """A process that neither works nor ends, not even itself, is killed."""
         while True:
             await asyncio.sleep(1.0)
             for child in self._children:
                 silent = time.monotonic() - child.last_alive
                 process = child.process
-                if child.engine and child.ready and process is not None and silent > 2 * self._config.stall_timeout:
-                    log.error("engine %s has been silent for %.0f s and is killed", child.name, silent)
+                if child.ready and process is not None and silent > 2 * self._config.stall_timeout:
+                    log.error("%s has been silent for %.0f s and is killed", child, silent)
                     child.last_alive = time.monotonic()
                     with contextlib.suppress(ProcessLookupError):
                         process.send_signal(signal.SIGABRT)  # prints its stacks, if it still can

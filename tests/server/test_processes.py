@@ -167,6 +167,19 @@ def test_an_engine_that_is_stopped_is_killed(server: Running) -> None:
     assert any("engine 0 has been silent for" in line for line in server.stderr)
 
 
+def test_an_api_process_that_is_stopped_is_killed(server: Running) -> None:
+    (api,) = of_kind(server, "api")
+    os.kill(api, signal.SIGSTOP)
+    try:
+        until(lambda: not is_alive(api), 12)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(api, signal.SIGCONT)
+    server.wait_ready(20)
+    assert server.ask("/v1/completions", SHORT).json["choices"][0]["text"] == "ABAB"
+    assert any("API process 0 has been silent for" in line for line in server.stderr)
+
+
 def test_an_api_process_that_is_killed_leaves_nothing_in_the_engine(server: Running) -> None:
     streams = begin(server, 4)
     (api,) = of_kind(server, "api")
