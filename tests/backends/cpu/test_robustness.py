@@ -278,9 +278,6 @@ def test_a_forked_child_is_told_to_make_its_own(threads: int) -> None:
 def make():
     executor = native.Executor("generic", int(sys.argv[2]), 1 << 20)
     executor.add_call("add", [("arena", 0, 0)] * 3, [0, 1024, 1024, 1024, 1024], [])
-    executor.add_cache(64 << 20)
-    executor.prefault_caches(1024)
-    executor.use_block(0)
     return executor
 
 executor = make()
@@ -288,7 +285,6 @@ executor.run((64, 0, 0, 0), [])
 child = os.fork()
 if child == 0:
     try:
-        executor.use_block(9)
         executor.run((64, 0, 0, 0), [])
         os._exit(1)
     except RuntimeError as error:
@@ -310,6 +306,32 @@ assert status == 0, status
 executor.run((64, 0, 0, 0), [])
 """,
         threads,
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_does_not_wait_for_a_thread_that_it_has_not() -> None:
+    survives(
+        """
+executor = native.Executor("generic", 1, 64)
+executor.add_cache(256 << 20)
+executor.prefault_caches(1024)
+for block in range(1, 1000, 20):
+    executor.use_block(block)  # the thread is at work
+    child = os.fork()
+    if child == 0:
+        executor.use_block(block + 9)
+        executor.close()
+        os._exit(0)
+    end = time.monotonic() + 20
+    while not os.waitpid(child, os.WNOHANG)[0]:
+        if time.monotonic() > end:
+            os.kill(child, 9)
+            raise SystemExit("the child hangs")
+        time.sleep(0.001)
+executor.close()
+""",
+        1,
     )
 
 
