@@ -18,8 +18,9 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..answers import Grammars
@@ -98,6 +99,8 @@ class EngineServer:
         self._told_until = 0.0
         self._profiled = 0.0
         self._live: dict[str, _Live] = {}
+        self._adapters: dict[str, str] = {}  # folders by name
+        self._adapters_file: Path | None = None
         self._finished: deque[wire.RequestRecord] = deque(maxlen=_FINISHED_KEPT)
         self._reasons: Counter[str] = Counter()
         _warm_up(engine_of(parts, config), parts.pooler)
@@ -117,10 +120,41 @@ class EngineServer:
         self._hello["peak_bandwidth"] = self._parts.peak_bandwidth()
         self._hello["peak_flops"] = self._parts.peak_flops()
 
-    def add_adapter(self, name: str, folder: str) -> Future[None]:
+    def load_adapters(self, given: dict[str, str], file: Path) -> None:
+        """Load LoRA adapters: those that an engine process before this one has left in ``file``, or else the given.
+
+        Raises:
+            PeltonError: one of the given cannot be loaded.
+        """
+        try:
+            kept = json.loads(file.read_text())
+        except FileNotFoundError:
+            kept = None
+        for name, folder in (given if kept is None else kept).items():
+            try:
+                self.add_adapter(name, folder)
+            except PeltonError as error:
+                if kept is None:
+                    raise
+                print(f"pelton: the adapter {name} is lost: {error}", file=sys.stderr, flush=True)
+        self._adapters_file = file
+
+    def add_adapter(self, name: str, folder: str) -> None:
         """Load a LoRA adapter beside what runs."""
         adapter = self._parts.read_adapter(folder)
-        return self.engine.call(lambda engine: engine.add_adapter(name, adapter.identity, adapter.weights))
+        self.engine.call(lambda engine: engine.add_adapter(name, adapter.identity, adapter.weights)).result()
+        self._adapters[name] = folder
+        self._keep_adapters()
+
+    def remove_adapter(self, name: str) -> None:
+        self.engine.call(lambda engine: engine.remove_adapter(name)).result()
+        self._adapters.pop(name, None)
+        self._keep_adapters()
+
+    def _keep_adapters(self) -> None:
+        """For the process that comes after this one, if this one dies."""
+        if self._adapters_file is not None:
+            self._adapters_file.write_text(json.dumps(self._adapters))
 
     def accept(self) -> None:
         """Serve connections until the listener is closed."""
@@ -261,13 +295,12 @@ class EngineServer:
     def _call(self, connection: _Connection, message: wire.Call) -> None:
         try:
             if message.name == "add_lora":
-                value: Any = self.add_adapter(**message.arguments).result()
+                self.add_adapter(**message.arguments)
             elif message.name == "remove_lora":
-                name = message.arguments["name"]
-                value = self.engine.call(lambda engine: engine.remove_adapter(name)).result()
+                self.remove_adapter(**message.arguments)
             else:
                 raise RequestError(f"there is no call {message.name!r}", "use one version of Pelton in all processes")
-            connection.send(wire.Result(message.number, value))
+            connection.send(wire.Result(message.number))
         except Exception as error:
             text = str(error) if isinstance(error, PeltonError) else f"{type(error).__name__}: {error}"
             connection.send(wire.Result(message.number, error=text))
@@ -505,8 +538,7 @@ def main() -> None:
             build(config, progress), config, listener,
             model_name=given.model_name, max_unfinished=given.max_unfinished,
         )  # fmt: skip
-        for name, folder in given.adapters.items():
-            server.add_adapter(name, folder).result()
+        server.load_adapters(given.adapters, Path(given.socket + ".adapters"))
         server.measure_peaks()
     except PeltonError as error:
         say(error=str(error))
