@@ -13,8 +13,8 @@ from . import options
 
 #: Fields of generation_config.json that are defaults of requests.
 _GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-#: Of a step, beside a token for each sequence. A larger step saves little on a CPU (weights are read less often), and all
-#: streams stand still while it runs: benchmarks/results/serving-steps-amd-epyc.md.
+#: Of a step, beside a token for each sequence. A larger step saves little on a CPU (weights are read less often), and
+#: all streams stand still while it runs: benchmarks/results/serving-steps-amd-epyc.md.
 PROMPT_TOKENS = 192
 
 
