@@ -34,7 +34,7 @@ from .schemas import (
     TopLogprob,
     encode,
 )
-from .service import Job, Service, off_loop
+from .service import Job, Service, check_stream, off_loop
 from .streaming import DONE, ChatStream, ChatWords, sse
 
 _decoder = msgspec.json.Decoder(ChatRequest)
@@ -65,10 +65,7 @@ async def open_chat(service: Service, context: Context, request: ChatRequest, si
     """
     adapter = service.adapter(request.model)
     service.check_room()
-    if request.stream_options is not None and not request.stream:
-        raise RequestError("stream_options is of no use without stream", "set stream, or leave it out")
-    if request.stream and request.prompt_logprobs is not None:
-        raise RequestError("prompt_logprobs cannot be streamed", "leave out one of the two")
+    check_stream(request)
     ask = ask_of(request, size)
     asked = await conversation(service, ask)
     if ask.continues and (asked.grammar is not None or service.structure_of(request) is not None):

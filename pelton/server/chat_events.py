@@ -19,7 +19,7 @@ from ..text.tool_calls import CallArguments, CallBroken, CallStart, Text, ToolCa
 from ..text.tool_formats import Tool, check_tools, checked_choice
 from ..text.tool_grammar import thinking_then_json, tool_choice_grammar
 from ..text.tool_messages import ToolStyle, prepare
-from .service import LONG_TEXT, Job, Service
+from .service import Job, Service, off_loop
 
 #: What the server itself gives to templates, or to those who render them. A template of the request's own would be
 #: a program of the request's own.
@@ -161,7 +161,7 @@ async def conversation(service: Service, ask: Ask) -> Conversation:
             found.keeps_special_tokens = found.keeps_special_tokens or marked
         return found
 
-    return render() if ask.size <= LONG_TEXT and style is None else await asyncio.to_thread(render)
+    return await off_loop(ask.size, render) if style is None else await asyncio.to_thread(render)
 
 
 def _unfinished(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, variables: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from ..outputs import CompletionOutput, Logprob, RequestOutput
 from ..prompts import EncodedPrompt
 from .http import Context, Reply, TokenStream
 from .schemas import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse, Usage, encode
-from .service import Job, Service
+from .service import Job, Service, check_stream
 from .streaming import DONE, JobStream, sse
 
 _decoder = msgspec.json.Decoder(CompletionRequest)
@@ -41,8 +41,7 @@ class Completions:
         return work if request.stream else Reply(encode(await work.complete()))
 
     def _params(self, request: CompletionRequest) -> SamplingParams:
-        if request.stream_options is not None and not request.stream:
-            raise RequestError("stream_options is of no use without stream", "set stream, or leave it out")
+        check_stream(request)
         more: dict[str, Any] = {"max_tokens": request.max_tokens}
         if request.max_tokens == 0:  # of interest with echo and logprobs: a prompt is scored
             more["max_tokens"] = 1
@@ -52,8 +51,6 @@ class Completions:
                 more["prompt_logprobs"] = request.logprobs
         if request.echo and request.stream and request.logprobs is not None:
             raise RequestError("echo with logprobs cannot be streamed", "leave out one of the three")
-        if request.stream and request.prompt_logprobs is not None:
-            raise RequestError("prompt_logprobs cannot be streamed", "leave out one of the two")
         return self._service.params(request, **more)
 
 

@@ -154,7 +154,9 @@ class EngineServer:
     def _keep_adapters(self) -> None:
         """For the process that comes after this one, if this one dies."""
         if self._adapters_file is not None:
-            self._adapters_file.write_text(json.dumps(self._adapters))
+            whole = Path(f"{self._adapters_file}.new")
+            whole.write_text(json.dumps(self._adapters))
+            os.replace(whole, self._adapters_file)  # half a file would keep that process from starting
 
     def accept(self) -> None:
         """Serve connections until the listener is closed."""

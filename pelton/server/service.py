@@ -47,6 +47,18 @@ async def off_loop(size: int, work: Callable[[], _T]) -> _T:
     return work() if size <= LONG_TEXT else await asyncio.to_thread(work)
 
 
+def check_stream(request: Any) -> None:
+    """Refuse what a request for text asks for in vain, streamed or not.
+
+    Raises:
+        RequestError: stream_options without a stream, or prompt_logprobs in one.
+    """
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("stream_options is of no use without stream", "set stream, or leave it out")
+    if request.stream and request.prompt_logprobs is not None:
+        raise RequestError("prompt_logprobs cannot be streamed", "leave out one of the two")
+
+
 class RemoteAnswers(AsyncAnswers):
     """The text side of engines in other processes."""
 

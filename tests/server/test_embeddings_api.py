@@ -12,6 +12,8 @@ import pytest
 from pelton import LLM
 from tests.helpers.serving import Running, pelton_serve
 
+from .test_metrics import samples, total
+
 TEXTS = ["A cat sits on the mat.", "A kitten lies on the rug.", "Interest rates rose by half a percent."]
 
 
@@ -51,15 +53,12 @@ def test_a_deadline_that_is_over_is_a_504(server: Running) -> None:
 
 
 def test_embeddings_are_counted_as_what_they_are(server: Running) -> None:
-    def count(name: str) -> float:
-        lines = server.ask("/metrics").body.decode().splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"pelton:{name}{{"))
-
     names = ("request_success_total", "requests_rejected_total", "request_failures_total", "slo_requests_total")
-    before = {name: count(name) for name in names}
+    before = samples(server)
     assert server.ask("/v1/embeddings", {"input": ["hello", "you"]}).status == 200
     assert server.ask("/v1/embeddings", {"input": "too long " * 300}).status == 400
-    gained = {name: count(name) - value for name, value in before.items()}
+    after = samples(server)
+    gained = {name: total(after, name) - total(before, name) for name in names}
     # They have no first token that could come in time.
     assert gained == {"request_success_total": 2, "requests_rejected_total": 1, "request_failures_total": 0,
                       "slo_requests_total": 0}  # fmt: skip

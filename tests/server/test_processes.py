@@ -80,6 +80,17 @@ def status(server: Running, path: str) -> int:
         return 0
 
 
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """A process stands still meanwhile, unless somebody kills it."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
 # One engine, one API process.
 
 
@@ -151,17 +162,13 @@ def test_an_engine_that_stalls_prints_its_stacks_and_is_started_again(server: Ru
 def test_an_engine_that_is_stopped_is_killed(server: Running) -> None:
     (engine,) = of_kind(server, "engine")
     streams = begin(server, 2)
-    os.kill(engine, signal.SIGSTOP)
-    try:
+    with stopped(engine):
         for events in streams:
             *_, last = events
             assert last["error"]["code"] == "engine_unavailable"
         assert is_alive(engine), "its clients are told first"
         assert server.ask("/health").status == 503
         until(lambda: not is_alive(engine), 12)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(engine, signal.SIGCONT)
     server.wait_ready(20)
     assert server.ask("/v1/completions", SHORT).json["choices"][0]["text"] == "ABAB"
     assert any("engine 0 has been silent for" in line for line in server.stderr)
@@ -169,12 +176,8 @@ def test_an_engine_that_is_stopped_is_killed(server: Running) -> None:
 
 def test_an_api_process_that_is_stopped_is_killed(server: Running) -> None:
     (api,) = of_kind(server, "api")
-    os.kill(api, signal.SIGSTOP)
-    try:
+    with stopped(api):
         until(lambda: not is_alive(api), 12)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(api, signal.SIGCONT)
     server.wait_ready(20)
     assert server.ask("/v1/completions", SHORT).json["choices"][0]["text"] == "ABAB"
     assert any("API process 0 has been silent for" in line for line in server.stderr)
