@@ -13,17 +13,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .backends.backend import Backend, Model
 from .backends.base import Executor, KVSpec
 from .checkpoint import Checkpoint, PoolingRule, open_checkpoint, resolve_model
 from .checkpoint.quantized_hf import zero_biases
 from .config import EngineConfig, PoolerConfig
 from .errors import CheckpointError, OutOfMemoryError, PeltonError, RequestError, TokenizerError
 from .graph import F16, Graph, GroupQuant
-from .ledger import Ledger, available_memory, human
+from .ledger import Ledger, human
 from .models import create, is_base_model
 from .nn import trace
 from .passes import bind_types, run_passes
-from .program import Program, lower
+from .program import Program
 from .quantize import QUANTIZATIONS, fitting, weight_type
 
 if TYPE_CHECKING:
@@ -35,9 +36,6 @@ _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "seq_lengt
 _DEFAULT_CONTEXT = 2048
 #: A context that memory has cut down further than this is not worth starting with.
 _LEAST_CONTEXT = 512
-#: The KV cache unless asked for otherwise, or for one sequence at full length if that is more. It is
-#: reserved address space: memory is taken when blocks are first used.
-_DEFAULT_KV_BYTES = 4 << 30
 
 #: progress(done, total) in bytes of packed weights.
 Progress = Callable[[int, int], None]
@@ -55,10 +53,17 @@ class Plan:
     ledger: Ledger
     available: int  # bytes this process may take now
     vocab_size: int
-    isa: str
-    threads: int
+    backend: Backend
     draft: Plan | None = None  # of the speculative model
     notes: tuple[str, ...] = ()  # what differs from what a user might expect; shown at the start
+
+    @property
+    def isa(self) -> str:
+        return self.backend.isa
+
+    @property
+    def threads(self) -> int:
+        return self.backend.threads
 
     def check_memory(self) -> None:
         """Raises OutOfMemoryError if the ledger exceeds what is available, naming what would fit."""
@@ -102,22 +107,11 @@ class Built:
 
         achieved: bytes/s that somebody has read; a figure from another hour that is lower is measured again.
         """
-        if self.plan.config.device != "cpu":
-            return None
-        from .backends.cpu.peaks import measured_peaks
-
-        return measured_peaks(self.plan.isa, self.plan.threads, achieved=achieved)["read_bandwidth"]
+        return self.plan.backend.read_bandwidth(achieved)
 
     def peak_flops(self) -> float | None:
         """Measured FLOP/s in the precision of most of the model's products, for MFU; measured once per machine."""
-        if self.plan.config.device != "cpu":
-            return None
-        from .backends.cpu.executor import CpuExecutor
-        from .backends.cpu.peaks import measured_peaks
-
-        assert isinstance(self.executor, CpuExecutor)
-        peaks = measured_peaks(self.plan.isa, self.plan.threads)
-        return peaks.get(self.executor.precision, peaks["f32"])
+        return self.plan.backend.peak_flops(self.executor)
 
     def read_adapter(self, name: str) -> LoraAdapter:
         """A PEFT adapter for this model, from a folder or a hub id.
@@ -183,8 +177,8 @@ def trained_context(config: Mapping[str, Any]) -> int:
     return max(context, int((original if isinstance(original, int) else context) * factor))
 
 
-def bound_graph(config: EngineConfig, checkpoint: Checkpoint) -> Graph:
-    """The model's graph with the checkpoint's types, before any pass."""
+def bound_graph(config: EngineConfig, checkpoint: Checkpoint, half: str = "bf16") -> Graph:
+    """The model's graph with the checkpoint's types, before any pass. half: what stored f16 runs as by default."""
     model = create(checkpoint.config)
     try:
         graph = _without_absent_head(trace(model, checkpoint.architecture), checkpoint)
@@ -194,7 +188,7 @@ def bound_graph(config: EngineConfig, checkpoint: Checkpoint) -> Graph:
         ) from error
     needless = zero_biases(checkpoint.tensors, {n.name for n in graph.leaves("weight")})
     stored = {name: tensor.type for name, tensor in checkpoint.tensors.items() if name not in needless}
-    return bind_types(graph, stored, config.dtype, config.kv_cache_dtype, config.quantization)
+    return bind_types(graph, stored, config.dtype, config.kv_cache_dtype, config.quantization, half)
 
 
 def _without_absent_head(graph: Graph, checkpoint: Checkpoint) -> Graph:
@@ -222,11 +216,11 @@ class _Lowered:
         return int(logits.tensor.shape[-1]) if hidden else int(self.checkpoint.config["vocab_size"])
 
 
-def _lowered(config: EngineConfig, checkpoint: Checkpoint) -> _Lowered:
-    from .backends.cpu.executor import adapter_bytes, cache_bytes_per_block, constant_bytes
+def _lowered(config: EngineConfig, checkpoint: Checkpoint, backend: Backend) -> _Lowered:
     from .engine.speculation import max_num_logits, max_num_rows
 
-    graph = run_passes(bound_graph(config, checkpoint), lora=config.lora)
+    bound = bound_graph(config, checkpoint, backend.half)
+    graph = run_passes(bound, lora=config.lora, fuse_gates=backend.fuses_gates)
     context = trained_context(checkpoint.config)
     if config.max_model_len is not None and config.max_model_len > context:
         raise RequestError(
@@ -236,7 +230,8 @@ def _lowered(config: EngineConfig, checkpoint: Checkpoint) -> _Lowered:
     notes = list(checkpoint.notes)
     if checkpoint.pooling is not None and checkpoint.pooling.note:
         notes.append(checkpoint.pooling.note)
-    if config.dtype == "auto" and any(t.type.dtype == F16 for t in checkpoint.tensors.values()):
+    is_half = any(t.type.dtype == F16 for t in checkpoint.tensors.values())
+    if config.dtype == "auto" and backend.half == "bf16" and is_half:
         notes.append("f16 weights run as bf16, which rounds them to 8 bits; dtype='f32' keeps all 11")
     notes += _fallback_notes(config, graph)
     limits = {
@@ -245,21 +240,34 @@ def _lowered(config: EngineConfig, checkpoint: Checkpoint) -> _Lowered:
         "N": max_num_rows(config.max_num_seqs, config.num_speculative_tokens, config.max_num_batched_tokens),
         "L": max_num_logits(config.max_num_seqs, config.num_speculative_tokens),
     }
-    program = lower(graph, limits, config.max_model_len or context)
-    sizes: dict[str, int] = {}
-    for constant in program.constants:
-        try:
-            size = constant_bytes(constant, as_floats=config.device == "reference")
-        except ValueError as error:  # a group size, or rows that are no whole groups
-            raise CheckpointError(
-                f"{checkpoint.path.name} has weights that no kernel runs ({error})",
-                "use a file quantized in groups of 32, as Q4_K_M and Q8_0 are",
-            ) from error
-        sizes[constant.packing] = sizes.get(constant.packing, 0) + size
-    mapped = sizes.pop("rows", 0)
-    without_kv = Ledger(sum(sizes.values()), mapped, 0, 0, 0, program.arena_bytes, adapters=adapter_bytes(program))
-    block_bytes = cache_bytes_per_block(program, config.block_size)
-    return _Lowered(checkpoint, graph, program, context, without_kv, block_bytes, tuple(notes))
+    program = backend.lower(graph, limits, config.max_model_len or context)
+    try:
+        sizes = backend.sizes(graph, program)
+    except ValueError as error:  # a group size, or rows that are no whole groups
+        raise CheckpointError(
+            f"{checkpoint.path.name} has weights that no kernel runs ({error})",
+            "use a file quantized in groups of 32, as Q4_K_M and Q8_0 are",
+        ) from error
+    notes += backend.notes(graph)
+    ledger = Ledger(sizes.weights, sizes.mapped, 0, 0, 0, sizes.step, adapters=sizes.adapters, runtime=sizes.runtime)
+    block_bytes = backend.block_bytes(program, config.block_size)
+    return _Lowered(checkpoint, graph, program, context, ledger, block_bytes, tuple(notes))
+
+
+def _backend(config: EngineConfig) -> Backend:
+    threads = config.threads or usable_cores()
+    if config.device == "cuda":
+        from .backends.cuda.backend import CudaBackend
+
+        return CudaBackend(config, threads)
+    if config.device == "reference":
+        from .backends.reference.backend import ReferenceBackend
+        from .engine.sampling import HostSampler
+
+        return ReferenceBackend(config.isa, threads, HostSampler())
+    from .backends.cpu.backend import CpuBackend
+
+    return CpuBackend(config.isa, threads)
 
 
 def plan(config: EngineConfig) -> Plan:
@@ -268,18 +276,17 @@ def plan(config: EngineConfig) -> Plan:
     Raises:
         PeltonError: any problem of the checkpoint or the configuration, in one line.
     """
-    from .backends.cpu.executor import choose_isa
-
     checkpoint = open_checkpoint(resolve_model(config.model))
     _check(config)
-    model = _lowered(config, checkpoint)
-    draft_config, draft = _lowered_draft(config, model.context)
+    backend = _backend(config)
+    model = _lowered(config, checkpoint, backend)
+    draft_config, draft = _lowered_draft(config, model.context, backend)
     block_bytes = model.block_bytes + (0 if draft is None else draft.block_bytes)
     without_kv = model.without_kv
     if draft is not None:
         without_kv = replace(without_kv, draft=draft.without_kv.total - draft.without_kv.runtime)
-    available = available_memory()
-    kv_spec = _kv_spec(config, model.context, block_bytes, max(0, available - without_kv.total))
+    available = backend.available()
+    kv_spec = _kv_spec(config, model.context, block_bytes, max(0, available - without_kv.total), backend)
     notes = model.notes
     if config.max_model_len is None and kv_spec.max_model_len < model.context:
         notes += (f"memory holds a context of {kv_spec.max_model_len:,} of the model's {model.context:,} tokens",)
@@ -289,15 +296,13 @@ def plan(config: EngineConfig) -> Plan:
         kv_bytes_per_token=block_bytes // config.block_size,
         kv_tokens=kv_spec.num_blocks * config.block_size,
     )
-    threads = config.threads or usable_cores()
-    isa = choose_isa(config.isa)
 
     def planned(config: EngineConfig, model: _Lowered, draft: Plan | None, notes: tuple[str, ...]) -> Plan:
         length = min(kv_spec.max_model_len, config.max_model_len or model.context)
         spec = replace(kv_spec, bytes_per_block=model.block_bytes, max_model_len=length)
         return Plan(
             config, model.checkpoint, model.graph, model.program, spec, ledger, available, model.vocab_size,
-            isa, threads, draft, notes,
+            backend, draft, notes,
         )  # fmt: skip
 
     draft_plan = None
@@ -306,7 +311,7 @@ def plan(config: EngineConfig) -> Plan:
     return planned(config, model, draft_plan, notes)
 
 
-def _lowered_draft(config: EngineConfig, context: int) -> tuple[EngineConfig | None, _Lowered | None]:
+def _lowered_draft(config: EngineConfig, context: int, backend: Backend) -> tuple[EngineConfig | None, _Lowered | None]:
     """The speculative model, loaded as the other is, for steps of its own size; (None, None) without one."""
     from .engine.draft_model import CATCH_UP
 
@@ -324,7 +329,7 @@ def _lowered_draft(config: EngineConfig, context: int) -> tuple[EngineConfig | N
         max_num_batched_tokens=config.max_num_seqs + CATCH_UP,
         max_model_len=min(trained_context(checkpoint.config), config.max_model_len or context),
     )
-    lowered = _lowered(draft, checkpoint)
+    lowered = _lowered(draft, checkpoint, backend)
     if len(lowered.graph.outputs) == 1:
         raise RequestError(
             f"the speculative model {config.speculative_model} has no output layer", "choose one that generates"
@@ -344,16 +349,15 @@ def _fallback_notes(config: EngineConfig, graph: Graph) -> list[str]:
     ]  # fmt: skip
 
 
-def _kv_spec(config: EngineConfig, context: int, block_bytes: int, free: int) -> KVSpec:
+def _kv_spec(config: EngineConfig, context: int, block_bytes: int, free: int, backend: Backend) -> KVSpec:
     """How many blocks, and the longest sequence. ``free``: bytes left beside everything else."""
     wanted = config.max_model_len or context
     blocks_for = -(-wanted // config.block_size)
     if config.kv_cache_memory is not None:
         num_blocks = config.kv_cache_memory // block_bytes
     else:
-        # Every sequence at full length, within reason: others live on this machine too.
-        reason = max(_DEFAULT_KV_BYTES, blocks_for * block_bytes)
-        num_blocks = min(min(free // 2, reason) // block_bytes, blocks_for * config.max_num_seqs)
+        share = backend.kv_share(free, blocks_for * block_bytes)
+        num_blocks = min(share // block_bytes, blocks_for * config.max_num_seqs)
     if config.max_model_len is not None:
         if config.kv_cache_memory is not None and num_blocks < blocks_for:
             raise OutOfMemoryError(
@@ -400,12 +404,15 @@ def _build(config: EngineConfig, progress: Progress | None) -> Built:
     if planned.draft is not None:
         executor = _executor(planned.draft, on_packed)
         draft = Built(planned.draft, executor, draft_tokenizer, frozenset(), planned.draft.vocab_size)
+    executors: list[Executor] = [] if draft is None else [draft.executor]
     try:
-        executor = _executor(planned, on_packed)
+        executors.append(_executor(planned, on_packed))
+        planned.backend.settle(executors, config)
     except BaseException:
-        if draft is not None:
-            draft.close()
+        for executor in executors:
+            executor.close()
         raise
+    executor = executors[-1]
     eos_ids: set[int] = set(tokenizer.stop_token_ids) if tokenizer is not None else set()
     for fields in (planned.checkpoint.generation, planned.checkpoint.config):
         eos = fields.get("eos_token_id")
@@ -414,21 +421,14 @@ def _build(config: EngineConfig, progress: Progress | None) -> Built:
 
 
 def _executor(planned: Plan, on_packed: Callable[[int], None]) -> Executor:
-    config, checkpoint = planned.config, planned.checkpoint
-    read: Callable[[str], Any] = lambda name: checkpoint.tensors[name].read()  # noqa: E731
-    if config.device == "reference":
-        from .backends.reference.executor import ReferenceExecutor
-        from .engine.sampling import HostSampler
-
-        return ReferenceExecutor(planned.graph, read, planned.kv_spec, HostSampler())
-    from .backends.cpu.executor import CpuExecutor
     from .backends.cpu.packed_cache import content_hash
 
-    return CpuExecutor(
-        planned.program, read, planned.kv_spec, isa=planned.isa, threads=planned.threads,
-        activations=config.activations,
-        content_key=content_hash(checkpoint.files) if config.packed_cache else None, on_packed=on_packed,
+    checkpoint = planned.checkpoint
+    model = Model(
+        planned.config, planned.graph, planned.program, lambda name: checkpoint.tensors[name].read(), planned.kv_spec,
+        lambda: content_hash(checkpoint.files),
     )  # fmt: skip
+    return planned.backend.executor(model, on_packed)
 
 
 #: What two tokenizers must agree on to be taken for the same.
@@ -512,13 +512,20 @@ def _check(config: EngineConfig) -> None:
         if getattr(config, name) not in (None, *QUANTIZATIONS):
             remedy = f"choose one of {', '.join(QUANTIZATIONS)}, or leave it out"
             raise PeltonError(f"{name} is {getattr(config, name)!r}", remedy)
-    for name, allowed in (("device", ("cpu", "reference")), ("dtype", ("auto", "f32", "bf16")),
+    for name, allowed in (("device", ("cpu", "cuda", "reference")), ("dtype", ("auto", "f32", "f16", "bf16")),
                           ("kv_cache_dtype", ("auto", "f32", "f16", "bf16", "int8", "fp8")),
                           ("capacity_policy", ("max_utilization", "guaranteed_no_evict")),
                           ("batching", ("inflight", "dynamic", "static")),
                           ("activations", ("auto", "float", "int8"))):  # fmt: skip
         if getattr(config, name) not in allowed:
             raise PeltonError(f"{name} is {getattr(config, name)!r}", f"choose one of {', '.join(allowed)}")
+    if config.dtype == "f16" and config.device != "cuda":
+        raise PeltonError("dtype is 'f16', which CPUs do not multiply", "choose bf16 or f32, or device='cuda'")
+    share: Any = config.gpu_memory_utilization
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise PeltonError(f"gpu_memory_utilization is {share!r}", "give a number above 0, up to 1")
+    if not isinstance(config.enforce_eager, bool):
+        raise PeltonError(f"enforce_eager is {config.enforce_eager!r}", "give True or False")
     delay = config.batching_delay
     if delay is not None and (isinstance(delay, bool) or not isinstance(delay, (int, float)) or not 0 <= delay < 3600):
         raise PeltonError(f"batching_delay is {delay!r}", "give seconds from 0 to 3600, or leave it out")

@@ -270,10 +270,10 @@ class EngineConfig:
     """How a model is loaded and run. Everything has a default that suits a laptop and a server."""
 
     model: str = ""  # folder, .gguf file or hub id; empty: the demo model
-    device: Literal["cpu", "reference"] = "cpu"
-    dtype: Literal["auto", "f32", "bf16"] = "auto"  # of weights that are not quantized; auto: as stored
+    device: Literal["cpu", "cuda", "reference"] = "cpu"
+    dtype: Literal["auto", "f32", "f16", "bf16"] = "auto"  # of weights that are not quantized; auto: as stored
     quantization: Quantization | None = None  # of linear layers, as they are loaded
-    kv_cache_dtype: KVDType = "auto"  # auto: f32 for f32 models, else bf16; f16: as large; int8, fp8: half
+    kv_cache_dtype: KVDType = "auto"  # auto: as the model, bf16 beside codes; int8, fp8: half of that
     max_model_len: int | None = None  # tokens; None: what the model allows and memory holds
     max_num_seqs: int = 64  # sequences in one step
     max_num_batched_tokens: int = 1024  # tokens in one step: bounds the arena and a step's duration
@@ -283,13 +283,15 @@ class EngineConfig:
     num_speculative_tokens: int = 0  # longest draft; 0: no speculation, or 4 if there is a speculative_model
     speculative_model: str | None = None  # makes the drafts; None: they are guessed from the text so far
     speculative_quantization: Quantization | None = None  # of the speculative model; as ``quantization``
-    async_scheduling: bool = False  # decide on a step while one runs: for devices that leave the CPU's cores alone
+    async_scheduling: bool | None = None  # decide on a step while one runs; None: on devices that are not the CPU
     enable_lora: bool = False  # adapters at run time; costs a little even while no request uses one
     max_loras: int = 4  # adapters in memory at once; their room is taken at the start
     max_lora_rank: int = 16  # of an adapter; the room of all grows with it
     enable_prefix_caching: bool = True  # find what earlier requests have computed
     block_size: int = 16  # tokens per KV block; 16 keys fill one 512-bit register
     kv_cache_memory: int | None = None  # bytes; None: room for max_num_seqs, within free memory
+    gpu_memory_utilization: float = 0.9  # of the GPU's memory; what weights and steps leave of it is KV cache
+    enforce_eager: bool = False  # no CUDA graphs: decoding takes the host's time, starting takes less
     threads: int | None = None  # None: the cores this process may use
     activations: Literal["auto", "float", "int8"] = "auto"  # beside quantized weights; auto: docs/quantization.md
     isa: str | None = None  # None: PELTON_CPU_ISA, else the best one

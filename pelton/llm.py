@@ -507,7 +507,7 @@ def engine_of(parts: Parts, config: EngineConfig) -> LLMEngine:
         num_speculative_tokens=config.num_speculative_tokens,
         draft_executor=parts.draft_executor,
         draft_vocab_size=parts.draft_vocab_size,
-        async_scheduling=config.async_scheduling,
+        async_scheduling=config.device == "cuda" if config.async_scheduling is None else config.async_scheduling,
         enable_prefix_caching=config.enable_prefix_caching,
         max_loras=config.max_loras if config.enable_lora else 0,
         eos_token_ids=parts.eos_token_ids,

@@ -31,7 +31,7 @@ ALLOWED = {
     "program": {"graph", "quantize"},
     "checkpoint": {"graph", "errors"},
     "text": {"errors"},
-    "backends": {"graph", "program", "errors", "paths", "config", "outputs"},
+    "backends": {"graph", "program", "errors", "ledger", "paths", "config", "outputs"},
     "engine": {"backends.base", "config", "errors", "metrics", "outputs"},
     "build": {"backends", "checkpoint", "config", "engine", "errors", "graph", "ledger", "models", "nn", "passes",
               "program", "quantize", "text", "version"},
@@ -75,8 +75,8 @@ def test_imports_point_in_the_designs_direction(file: Path) -> None:
 
 def test_only_the_cuda_backend_and_parallel_may_import_torch() -> None:
     for file in ROOT.rglob("*.py"):
-        text = file.read_text()
-        assert "import torch" not in text, file
+        allowed = {"cuda", "parallel"} & set(file.relative_to(ROOT).parts)
+        assert allowed or "import torch" not in file.read_text(), file
 
 
 def test_import_is_fast_and_light() -> None:

@@ -1,4 +1,4 @@
-"""What executors on the host share: a batch becomes arrays, the step runs, logits become tokens."""
+"""What executors share: a batch becomes arrays, the step runs, logits become tokens."""
 
 from __future__ import annotations
 
@@ -42,12 +42,10 @@ class _Step:
     error: Exception | None = None  # why it could not begin
 
 
-class HostExecutor:
-    """An :class:`~pelton.backends.base.Executor` but for ``_run``, ``_hidden``, ``_block_bytes``, ``_write_adapter``
-    and ``close``.
+class BatchExecutor:
+    """What all executors share that run graphs or programs: a batch becomes arrays, logits become tokens.
 
-    A step begins when the one before it has been collected, as its logits lie where the next ones will; if none follows
-    it, inside ``collect``. flops and bytes: the cost of a step. adapters: the tables that adapters are kept in.
+    flops and bytes: the cost of a step. adapters: the tables that adapters are kept in.
     """
 
     def __init__(
@@ -57,8 +55,6 @@ class HostExecutor:
         self._kv_spec = kv_spec
         self._sampler = sampler
         self._flops, self._bytes = flops, bytes
-        self._steps: deque[_Step] = deque()  # the first one runs
-        self._sampled: dict[str, int] = {}  # the last token of each sequence that the last step sampled from
         self._next_ticket = 0
 
     def _run(self, inputs: StepInputs) -> tuple[npt.NDArray[np.float32], float]:
@@ -67,17 +63,6 @@ class HostExecutor:
 
     def _hidden(self, inputs: StepInputs) -> npt.NDArray[np.float32]:
         """Of the step that ran last, float32 [N, hidden size]: the rows of logits, then the others."""
-        raise NotImplementedError
-
-    def _begin(self, inputs: StepInputs) -> None:
-        """Start a step beside the caller, if the backend can."""
-
-    def _wait(self, inputs: StepInputs) -> tuple[npt.NDArray[np.float32], float]:
-        """What ``_run`` gives of the step that was begun."""
-        return self._run(inputs)
-
-    def _block_bytes(self) -> list[npt.NDArray[np.uint8]]:
-        """Views of the caches that may be written to: uint8 [num_blocks, bytes of a block] per layer."""
         raise NotImplementedError
 
     def _write_adapter(self, index: int, slot: int, parts: Sequence[AdapterPart]) -> None:
@@ -104,18 +89,6 @@ class HostExecutor:
         if given:
             raise ValueError(f"no product is the module {next(iter(given))}")
 
-    def read_blocks(self, block_ids: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
-        ids = list(block_ids)
-        return [cache[ids] for cache in self._block_bytes()]
-
-    def write_blocks(self, block_ids: Sequence[int], blocks: Sequence[npt.NDArray[np.uint8]]) -> None:
-        ids, caches = list(block_ids), self._block_bytes()
-        expected = [(len(ids), cache.shape[1]) for cache in caches]
-        if [block.shape for block in blocks] != expected or any(block.dtype != np.uint8 for block in blocks):
-            raise ValueError("KV blocks of another shape than this model's")
-        for cache, block in zip(caches, blocks, strict=True):
-            cache[ids] = block
-
     @property
     def kv_spec(self) -> KVSpec:
         return self._kv_spec
@@ -131,68 +104,11 @@ class HostExecutor:
     def _inputs_of(self, batch: Batch, *, every: bool = False) -> StepInputs:
         return step_inputs(batch, self._kv_spec.block_size, every=every, adapters=bool(self._adapters))
 
-    def submit(self, batch: Batch) -> int:
-        self._next_ticket += 1
-        inputs = self._inputs_of(batch)
-        flops, num_bytes = inputs.shape.evaluate(self._flops), inputs.shape.evaluate(self._bytes)
-        step = _Step(self._next_ticket, batch, inputs, flops, num_bytes)
-        if not self._steps:
-            self._prepare(step)
-        elif not self._steps[0].begun:
-            self._start(self._steps[0])
-        self._steps.append(step)
-        return step.ticket
-
-    def _start(self, step: _Step) -> None:
-        step.begun = True
-        try:
-            self._begin(step.inputs)
-        except Exception as error:  # whoever asks next is told something else: it is kept for who collects
-            step.error = error
-
-    def _prepare(self, step: _Step) -> None:
-        """What is to be done when the step before this one has been sampled from."""
-        copies = step.batch.copies
-        if copies:
-            sources, targets = zip(*copies, strict=True)
-            for cache in self._block_bytes():
-                cache[list(targets)] = cache[list(sources)]
-        if step.inputs.pending:
-            token_ids = step.inputs.arrays["token_ids"]
-            for place, request_id in step.inputs.pending:
-                # One whose sampling failed has none, and nobody will look at what follows.
-                token_ids[place] = self._sampled.get(request_id, 0)
-
-    def collect(self, ticket: int) -> StepOutput:
-        step = self._steps.popleft()
-        try:
-            if step.ticket != ticket:
-                raise RuntimeError(f"step {ticket} is collected out of turn, or failed with the one before it")
-            if step.error is not None:
-                raise step.error
-            # A thread to run it beside the caller is worth its while only if the caller has something to do.
-            logits, seconds = self._wait(step.inputs) if step.begun else self._run(step.inputs)
-            output = self._sample(step.batch, logits, StepStats(seconds, step.flops, step.bytes))
-            if step.inputs.shape.num_hidden:
-                output = replace(output, hidden=self._hidden_of(step))
-        except BaseException:
-            self._steps.clear()
-            raise
-        if self._steps:
-            self._sampled = {
-                s.request_id: new[-1].token_id
-                for s, new in zip(step.batch.sequences, output.tokens, strict=True)
-                if new
-            }
-            self._prepare(self._steps[0])
-            self._start(self._steps[0])
-        return output
-
-    def _hidden_of(self, step: _Step) -> dict[int, npt.NDArray[np.float32]]:
+    def _hidden_of(self, inputs: StepInputs, batch: Batch) -> dict[int, npt.NDArray[np.float32]]:
         """The hidden states that the sequences want: copies, as the next step overwrites them."""
-        rows, end = self._hidden(step.inputs), step.inputs.shape.num_logits
+        rows, end = self._hidden(inputs), inputs.shape.num_logits
         found = {}
-        for index, sequence in enumerate(step.batch.sequences):
+        for index, sequence in enumerate(batch.sequences):
             if sequence.num_hidden:
                 start, end = end, end + sequence.num_hidden
                 found[index] = np.array(rows[start:end])
@@ -238,6 +154,107 @@ class HostExecutor:
             except SamplingError as error:
                 failures[index] = str(error)
         return StepOutput(tuple(tokens), stats, failures, targets)
+
+
+class HostExecutor(BatchExecutor):
+    """An :class:`~pelton.backends.base.Executor` but for ``_run``, ``_hidden``, ``_block_bytes``, ``_write_adapter``
+    and ``close``.
+
+    A step begins when the one before it has been collected, as its logits lie where the next ones will; if none follows
+    it, inside ``collect``.
+    """
+
+    def __init__(
+        self, kv_spec: KVSpec, sampler: Sampler, flops: Cost, bytes: Cost, adapters: Sequence[AdapterTable] = ()
+    ) -> None:
+        super().__init__(kv_spec, sampler, flops, bytes, adapters)
+        self._steps: deque[_Step] = deque()  # the first one runs
+        self._sampled: dict[str, int] = {}  # the last token of each sequence that the last step sampled from
+
+    def _begin(self, inputs: StepInputs) -> None:
+        """Start a step beside the caller, if the backend can."""
+
+    def _wait(self, inputs: StepInputs) -> tuple[npt.NDArray[np.float32], float]:
+        """What ``_run`` gives of the step that was begun."""
+        return self._run(inputs)
+
+    def _block_bytes(self) -> list[npt.NDArray[np.uint8]]:
+        """Views of the caches that may be written to: uint8 [num_blocks, bytes of a block] per layer."""
+        raise NotImplementedError
+
+    def read_blocks(self, block_ids: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
+        ids = list(block_ids)
+        return [cache[ids] for cache in self._block_bytes()]
+
+    def write_blocks(self, block_ids: Sequence[int], blocks: Sequence[npt.NDArray[np.uint8]]) -> None:
+        ids, caches = list(block_ids), self._block_bytes()
+        check_blocks(len(ids), [cache.shape[1] for cache in caches], blocks)
+        for cache, block in zip(caches, blocks, strict=True):
+            cache[ids] = block
+
+    def submit(self, batch: Batch) -> int:
+        self._next_ticket += 1
+        inputs = self._inputs_of(batch)
+        flops, num_bytes = inputs.shape.evaluate(self._flops), inputs.shape.evaluate(self._bytes)
+        step = _Step(self._next_ticket, batch, inputs, flops, num_bytes)
+        if not self._steps:
+            self._prepare(step)
+        elif not self._steps[0].begun:
+            self._start(self._steps[0])
+        self._steps.append(step)
+        return step.ticket
+
+    def _start(self, step: _Step) -> None:
+        step.begun = True
+        try:
+            self._begin(step.inputs)
+        except Exception as error:  # whoever asks next is told something else: it is kept for who collects
+            step.error = error
+
+    def _prepare(self, step: _Step) -> None:
+        """What is to be done when the step before this one has been sampled from."""
+        copies = step.batch.copies
+        if copies:
+            sources, targets = zip(*copies, strict=True)
+            for cache in self._block_bytes():
+                cache[list(targets)] = cache[list(sources)]
+        if step.inputs.pending:
+            token_ids = step.inputs.arrays["token_ids"]
+            for place, request_id in step.inputs.pending:
+                # One whose sampling failed has none, and nobody will look at what follows.
+                token_ids[place] = self._sampled.get(request_id, 0)
+
+    def collect(self, ticket: int) -> StepOutput:
+        step = self._steps.popleft()
+        try:
+            if step.ticket != ticket:
+                raise RuntimeError(f"step {ticket} is collected out of turn, or failed with the one before it")
+            if step.error is not None:
+                raise step.error
+            # A thread to run it beside the caller is worth its while only if the caller has something to do.
+            logits, seconds = self._wait(step.inputs) if step.begun else self._run(step.inputs)
+            output = self._sample(step.batch, logits, StepStats(seconds, step.flops, step.bytes))
+            if step.inputs.shape.num_hidden:
+                output = replace(output, hidden=self._hidden_of(step.inputs, step.batch))
+        except BaseException:
+            self._steps.clear()
+            raise
+        if self._steps:
+            self._sampled = {
+                s.request_id: new[-1].token_id
+                for s, new in zip(step.batch.sequences, output.tokens, strict=True)
+                if new
+            }
+            self._prepare(self._steps[0])
+            self._start(self._steps[0])
+        return output
+
+
+def check_blocks(count: int, sizes: Sequence[int], blocks: Sequence[npt.NDArray[np.uint8]]) -> None:
+    """Raises ValueError unless there are ``count`` blocks of each of these sizes, in bytes."""
+    fits = [block.shape for block in blocks] == [(count, size) for size in sizes]
+    if not fits or any(block.dtype != np.uint8 for block in blocks):
+        raise ValueError("KV blocks of another shape than this model's")
 
 
 def _with_drafts(sequences: Sequence[ScheduledSequence]) -> tuple[list[SampleSpec], list[Sequence[int]]]:

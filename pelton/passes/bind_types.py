@@ -26,8 +26,8 @@ from ..quantize import fitting, weight_type
 
 #: What old checkpoints keep beside their weights: masks, rope frequencies, a second copy of tied weights.
 _BUFFERS = re.compile(r"(^lm_head\.weight|rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$")
-_TYPES = {"f32": F32, "bf16": BF16}
-_CACHES = {**_TYPES, "f16": F16, "int8": I8, "fp8": E4M3}
+_TYPES = {"f32": F32, "f16": F16, "bf16": BF16}
+_CACHES = {**_TYPES, "int8": I8, "fp8": E4M3}
 
 
 def bind_types(
@@ -36,13 +36,14 @@ def bind_types(
     dtype: str = "auto",
     kv_cache_dtype: str = "auto",
     quantization: str | None = None,
+    half: str = "bf16",
 ) -> Graph:
     """Before: every weight and cache is f32. After: weights have their stored type, caches one type.
 
-    dtype: "f32" or "bf16" changes the type of weights that are not quantized; "auto" keeps it, except
-    that f16 runs as bf16, the 16-bit type that CPUs multiply. kv_cache_dtype "auto" is f32 where all
-    matrices are f32, bf16 otherwise. quantization gives the weights of linear layers a quantized type; a
-    table that is looked up, too, keeps its own, so a tied weight then has two leaves.
+    dtype: "f32", "f16" or "bf16" changes the type of weights that are not quantized; "auto" keeps it, except
+    that f16 runs as ``half``: bf16 is the 16-bit type that CPUs multiply. kv_cache_dtype "auto" is f32 where all
+    matrices are f32, f16 where those that are not are f16, bf16 otherwise. quantization gives the weights of linear
+    layers a quantized type; a table that is looked up, too, keeps its own, so a tied weight then has two leaves.
 
     Raises:
         CheckpointError: a weight is missing, has another shape than the model needs, or a type that
@@ -67,11 +68,12 @@ def bind_types(
             "config and weights do not belong together, or the architecture is another one",
         )
     bound = {
-        n.name: TensorType(n.tensor.shape, _bound_type(n.name, stored[n.name].dtype, dtype))
+        n.name: TensorType(n.tensor.shape, _bound_type(n.name, stored[n.name].dtype, dtype, half))
         for n in graph.leaves("weight")
     }
     matrices = {t.dtype for t in bound.values() if len(t.shape) > 1}
-    cache = _CACHES.get(kv_cache_dtype, F32 if matrices <= {F32} and quantization is None else BF16)
+    narrow = matrices - {F32} if quantization is None else {BF16}
+    cache = _CACHES.get(kv_cache_dtype, F16 if narrow == {F16} else BF16 if narrow else F32)
     already = next((d for d in sorted(matrices, key=str) if isinstance(d, GroupQuant)), None)
     if quantization is not None and already is not None:
         raise CheckpointError(
@@ -109,7 +111,7 @@ def _quantized(w: Node, type: GroupQuant) -> Node:
     return make("weight", type=bound, name=leaf.name, **attrs)
 
 
-def _bound_type(name: str, stored: DType | GroupQuant, dtype: str) -> DType | GroupQuant:
+def _bound_type(name: str, stored: DType | GroupQuant, dtype: str, half: str) -> DType | GroupQuant:
     if isinstance(stored, GroupQuant):
         return stored
     if stored not in (F32, F16, BF16):
@@ -120,4 +122,4 @@ def _bound_type(name: str, stored: DType | GroupQuant, dtype: str) -> DType | Gr
         )
     if dtype != "auto":
         return _TYPES[dtype]
-    return BF16 if stored == F16 else stored
+    return _TYPES[half] if stored == F16 else stored

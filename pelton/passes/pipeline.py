@@ -33,26 +33,29 @@ PIPELINE: tuple[Pass, ...] = (
 )
 
 
-def pipeline(lora: tuple[int, int] | None = None) -> tuple[Pass, ...]:
+def pipeline(lora: tuple[int, int] | None = None, *, fuse_gates: bool = True) -> tuple[Pass, ...]:
     """The passes in order; ``lora``: (max_loras, max_lora_rank), None without adapters.
 
-    What gate and up add must be known before the activation, so with adapters these are not fused.
+    fuse_gates: the backend has a kernel for products of gates and ups in turns. What gate and up add must be known
+    before the activation, so with adapters these are not fused either.
     """
+    steps = [p for p in PIPELINE if p.name != "fuse_gated_linear" or (fuse_gates and lora is None)]
     if lora is None:
-        return PIPELINE
+        return tuple(steps)
     insert = partial(insert_lora, max_loras=lora[0], max_lora_rank=lora[1])
-    steps = [p for p in PIPELINE if p.name != "fuse_gated_linear"]
     at = [p.name for p in steps].index("merge_linears") + 1
     return (*steps[:at], Pass("insert_lora", insert, "one op behind all parts of a merged product"), *steps[at:])
 
 
-def run_passes(graph: Graph, *, after: str | None = None, lora: tuple[int, int] | None = None) -> Graph:
-    """Run the pipeline, all of it or up to and including the pass named ``after``; ``lora`` as for it.
+def run_passes(
+    graph: Graph, *, after: str | None = None, lora: tuple[int, int] | None = None, fuse_gates: bool = True
+) -> Graph:
+    """Run the pipeline, all of it or up to and including the pass named ``after``; the others as for it.
 
     Raises:
         ValueError: no such pass.
     """
-    steps = pipeline(lora)
+    steps = pipeline(lora, fuse_gates=fuse_gates)
     if after is not None and after not in [p.name for p in steps]:
         raise ValueError(f"no pass named {after!r}; the passes are {', '.join(p.name for p in steps)}")
     for step in steps:

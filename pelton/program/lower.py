@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from ..graph import OPS, AdapterType, CacheType, Graph, Node, TensorType
+from ..graph import F32, OPS, AdapterType, CacheType, DType, Graph, Node, TensorType
 from ..graph.cost import total
 from ..graph.rope import RopeSpec
 from .memory import plan_memory
@@ -26,18 +26,24 @@ from .program import (
 #: How each constant operand is packed: op -> packing per operand index; all others are vectors.
 _PACKINGS = {"embedding": {1: "rows"}, "linear": {1: "panels"}, "gated_linear": {1: "panels"}}
 _ROPE = ("rope", "rope_kv_write")
+#: What products and attention read or write. All else, the sums between layers above all, stays float32.
+_NARROW = frozenset({
+    "linear", "gated_linear", "rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm", "activation",
+    "gated_activation", "mul", "rope", "rope_kv_write", "attention",
+})  # fmt: skip
 
 
-def lower(graph: Graph, limits: Mapping[str, int], max_positions: int) -> Program:
+def lower(graph: Graph, limits: Mapping[str, int], max_positions: int, activations: DType = F32) -> Program:
     """Flatten ``graph`` for steps of at most ``limits`` rows per dimension.
 
     limits: of "L", that of "N" unless it is given. max_positions: rows of the rope tables, the longest context that
-    will be run.
+    will be run. activations: the type of what goes into products and attention and comes out of them; sums between
+    layers and logits are float32 in any case.
 
     Raises:
         ValueError: a matrix that is only known at run time feeds an op that needs a constant.
     """
-    lowering = _Lowering(graph, max_positions)
+    lowering = _Lowering(graph, max_positions, activations)
     for node in graph.nodes:
         lowering.node(node)
     output, hidden = lowering.values[graph.outputs[0]], lowering.values[graph.outputs[-1]]
@@ -60,9 +66,13 @@ def lower(graph: Graph, limits: Mapping[str, int], max_positions: int) -> Progra
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, max_positions: int) -> None:
+    def __init__(self, graph: Graph, max_positions: int, activations: DType) -> None:
         self.users = graph.users
         self.max_positions = max_positions
+        self.activations = activations
+        self.head = graph.outputs[0]  # the product that makes the logits, if there is one
+        while self.head.op in ("softcap", "scale", "first_rows", "take_rows"):
+            self.head = self.head.inputs[0]
         self.values: dict[Node, Operand | tuple[Operand, ...]] = {}
         self.inputs: list[str] = []
         self.caches: list[CacheType] = []
@@ -120,7 +130,8 @@ class _Lowering:
             if written is not None and isinstance(operands[written], View):
                 results.append(operands[written])
             elif isinstance(type, TensorType):
-                self.buffers.append(Buffer(str(type.shape[0]), int(type.shape[-1])))
+                dtype = self._dtype(node, operands, len(results))
+                self.buffers.append(Buffer(str(type.shape[0]), int(type.shape[-1]), dtype=dtype))
                 results.append(View(len(self.buffers) - 1, 0, int(type.shape[-1])))
             else:
                 assert cache is not None
@@ -132,6 +143,14 @@ class _Lowering:
         self.names[node] = (len(self.calls), name)
         self.calls.append(Call(node.op, outputs, tuple(operands), dict(node.attrs), name, flops, moved))
         self.values[node] = tuple(results) if len(results) > 1 else results[0]
+
+    def _dtype(self, node: Node, operands: Sequence[Operand], index: int) -> DType:
+        """The element type of a node's result number ``index``."""
+        if node.op == "take_rows":
+            assert isinstance(operands[0], View)
+            return self.buffers[operands[0].buffer].dtype
+        is_sum = node.op in ("add_rms_norm", "add_layer_norm") and index == 0
+        return self.activations if node.op in _NARROW and node is not self.head and not is_sum else F32
 
     def _name(self, node: Node) -> str:
         """Its weight's module; without a weight, the op in the module of the operand that was computed last."""

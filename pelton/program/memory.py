@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .program import Buffer, Program, View
+from .program import Program, View
 
 _ALIGN = 64  # bytes: a cache line, and the widest vector register
 
@@ -24,7 +24,7 @@ def plan_memory(program: Program) -> Program:
 
     def size(index: int) -> int:
         buffer = program.buffers[index]
-        return -(-program.limits[buffer.rows] * buffer.cols * 4 // _ALIGN) * _ALIGN
+        return -(-program.limits[buffer.rows] * buffer.cols * (buffer.dtype.bits // 8) // _ALIGN) * _ALIGN
 
     placed: dict[int, int] = {}
     for index in sorted(births, key=lambda i: (-size(i), i)):
@@ -39,6 +39,6 @@ def plan_memory(program: Program) -> Program:
                 break
             offset = max(offset, end)
         placed[index] = offset
-    buffers = tuple(Buffer(b.rows, b.cols, placed[i]) for i, b in enumerate(program.buffers))
+    buffers = tuple(replace(b, offset=placed[i]) for i, b in enumerate(program.buffers))
     arena = max((offset + size(i) for i, offset in placed.items()), default=0)
     return replace(program, buffers=buffers, arena_bytes=arena)

@@ -6,17 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from ..graph import AdapterType, CacheType, Node
+from ..graph import F32, AdapterType, CacheType, DType, Node
 from ..graph.cost import Cost
 
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """float32 [rows, cols] in the arena; ``rows`` names a step dimension. offset: bytes, -1 before planning."""
+    """[rows, cols] in the arena; ``rows`` names a step dimension. offset: bytes, -1 before planning."""
 
     rows: str
     cols: int
     offset: int = -1
+    dtype: DType = F32
 
 
 @dataclass(frozen=True, slots=True)

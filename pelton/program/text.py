@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from ..graph import AdapterType, CacheType, Node, TensorType, make
+from ..graph import AdapterType, CacheType, DType, Node, TensorType, make
 from ..graph.text import parse_type
 from .program import (
     AdapterRef,
@@ -37,7 +37,7 @@ def print_program(program: Program) -> str:
         lines.append(f"adapter {i} = {table.type} {(table.modules, table.row_orders)!r}")
     for i, constant in enumerate(program.constants):
         lines.append(f"const {i} = {constant_text(constant)}")
-    lines += [f"buffer {i} = f32[{b.rows}, {b.cols}] @ {b.offset}" for i, b in enumerate(program.buffers)]
+    lines += [f"buffer {i} = {b.dtype}[{b.rows}, {b.cols}] @ {b.offset}" for i, b in enumerate(program.buffers)]
     for call in program.calls:
         outputs = ", ".join(_operand(v) for v in call.outputs)
         operands = ", ".join(_operand(o) for o in call.operands)
@@ -135,8 +135,8 @@ def _parse_expression(tree: ast.expr) -> Node:
 def _parse_buffer(value: str, _: str) -> Buffer:
     type_text, _, offset = value.partition(" @ ")
     type = parse_type(type_text)
-    assert isinstance(type, TensorType)
-    return Buffer(str(type.shape[0]), int(type.shape[1]), int(offset))
+    assert isinstance(type, TensorType) and isinstance(type.dtype, DType)
+    return Buffer(str(type.shape[0]), int(type.shape[1]), int(offset), type.dtype)
 
 
 def _parse_cache(value: str, _: str) -> CacheType:

@@ -1,0 +1,137 @@
+"""A GPU as the composition root sees it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from ...config import EngineConfig
+from ...errors import OutOfMemoryError, PeltonError
+from ...graph import Graph, GroupQuant
+from ...ledger import human
+from ...program import Program, lower
+from ..backend import Model, Sizes
+from ..base import Executor
+from ..cpu import _native
+from ..cpu.executor import choose_isa
+from ..cpu.sampler import NativeSampler
+
+#: What libraries take for themselves when a model runs: workspaces of cuBLAS, kernels, recorded graphs. An estimate,
+#: which the largest step puts right before the KV cache is made.
+_RUNTIME_BYTES = 1 << 30
+
+
+def _require_packages() -> None:
+    missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise PeltonError(f"device='cuda' needs {' and '.join(missing)}", "pip install 'pelton[cuda]'")
+
+
+class CudaBackend:
+    """A :class:`~pelton.backends.backend.Backend` on the first GPU.
+
+    Raises:
+        PeltonError: there is none, or something is asked for that has no kernel there.
+    """
+
+    fuses_gates = False
+    half = "f16"
+
+    def __init__(self, config: EngineConfig, threads: int) -> None:
+        _require_packages()
+        from .device import Device, chosen_device
+
+        for name, allowed in (("quantization", (None,)), ("kv_cache_dtype", ("auto", "f32", "f16", "bf16"))):
+            if getattr(config, name) not in allowed:
+                raise PeltonError(f"{name} {getattr(config, name)!r} has no kernels for GPUs yet", "leave it out")
+        self._config = config
+        self._device = Device(chosen_device())
+        self.isa = self._device.architecture
+        self.threads = threads
+
+    def lower(self, graph: Graph, limits: Mapping[str, int], max_positions: int) -> Program:
+        from .weights import compute_type
+
+        return lower(graph, limits, max_positions, compute_type(graph))
+
+    def sizes(self, graph: Graph, program: Program) -> Sizes:
+        from .lora import adapter_bytes
+        from .memory import step_bytes
+        from .weights import compute_type, device_bytes
+
+        adapters = sum(adapter_bytes(table.type) for table in program.adapters)
+        return Sizes(device_bytes(program, compute_type(graph)), 0, step_bytes(program), adapters, _RUNTIME_BYTES)
+
+    def notes(self, graph: Graph) -> list[str]:
+        from .weights import compute_type
+
+        leaves = {n.name: n.tensor for n in graph.leaves("weight") if isinstance(n.tensor.dtype, GroupQuant)}
+        if not leaves:
+            return []
+        compute = compute_type(graph)
+        counts = [int(t.shape[0]) * int(t.shape[1]) for t in leaves.values()]
+        bits = [t.dtype.bits_per_weight for t in leaves.values() if isinstance(t.dtype, GroupQuant)]
+        stored = sum(n * b for n, b in zip(counts, bits, strict=True)) / 8
+        return [
+            f"quantized weights run as {compute} on GPUs: {human(sum(counts) * compute.bits / 8)} instead of "
+            f"{human(stored)}"
+        ]
+
+    def block_bytes(self, program: Program, block_size: int) -> int:
+        return sum(int(cache.token_bytes) for cache in program.caches) * block_size
+
+    def available(self) -> int:
+        return self._device.available(self._config.gpu_memory_utilization)
+
+    def kv_share(self, free: int, one_sequence: int) -> int:
+        return free
+
+    def executor(self, model: Model, on_packed: Callable[[int], None]) -> Executor:
+        from .executor import CudaExecutor
+        from .graphs import CudaCapture
+        from .weights import compute_type
+
+        sampler = NativeSampler(_native.Executor(choose_isa(None), self.threads, 64))
+        capture = CudaCapture if self._device.is_cuda and not model.config.enforce_eager else None
+        return CudaExecutor(
+            model.program, compute_type(model.graph), model.read, model.kv_spec, sampler, self._device,
+            on_sent=on_packed, capture=capture,
+        )  # fmt: skip
+
+    def settle(self, executors: Sequence[Executor], config: EngineConfig) -> None:
+        from .executor import CudaExecutor
+
+        mine = [e for e in executors if isinstance(e, CudaExecutor)]
+        for executor in mine:
+            executor.run_largest_step()
+        spec = mine[-1].kv_spec
+        bytes_per_block = sum(e.kv_spec.bytes_per_block for e in mine)
+        # The ledger's number of blocks, unless what is left by now holds fewer.
+        num_blocks = min(spec.num_blocks, self.available() // bytes_per_block)
+        length = min(spec.max_model_len, num_blocks * spec.block_size)
+        if num_blocks < 1 or (config.max_model_len is not None and length < config.max_model_len):
+            remedy = f"max_model_len={length} would fit" if length else "raise gpu_memory_utilization"
+            needed = -(-spec.max_model_len // spec.block_size) * bytes_per_block
+            raise OutOfMemoryError(
+                f"weights and steps leave {human(self.available())} for the KV cache, a context of "
+                f"{spec.max_model_len:,} tokens needs {human(needed)}",
+                remedy,
+            )
+        for executor in mine:
+            own = executor.kv_spec
+            executor.allocate(replace(own, num_blocks=num_blocks, max_model_len=min(own.max_model_len, length)))
+
+    def read_bandwidth(self, achieved: float) -> float | None:
+        return self._peaks()["read_bandwidth"]
+
+    def peak_flops(self, executor: Executor) -> float | None:
+        from .executor import CudaExecutor
+
+        assert isinstance(executor, CudaExecutor)
+        return self._peaks()[executor.precision]
+
+    def _peaks(self) -> dict[str, float]:
+        from .peaks import measured_peaks
+
+        return measured_peaks(self._device)

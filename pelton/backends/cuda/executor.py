@@ -1,0 +1,323 @@
+"""The CUDA executor: a program's calls as kernels in a stream, decode steps as graphs, tokens sampled on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ...graph import DType
+from ...program import Program
+from ...program.weights import Reader
+from ..base import Batch, KVSpec, SampledToken, Sampler, StepOutput, StepStats
+from ..host import AdapterPart, BatchExecutor, check_blocks
+from ..step_inputs import StepInputs
+from . import weights
+from .calls import Lowering
+from .device import Device, Mark
+from .graphs import Capture, CudaCapture, Graphs
+from .inputs import Ints, Sizes, padded
+from .lora import AdapterTensors
+from .memory import TORCH_TYPES, Frame, StepMemory
+from .sampling import SamplingWords
+from .triton.pointwise import fill_pending
+from .triton.sampling import sample
+
+
+@dataclass(slots=True)
+class _Step:
+    """words: what the sampling kernel must know; None: the host samples, or needs what the step computes."""
+
+    ticket: int
+    batch: Batch
+    inputs: StepInputs
+    words: Ints | None
+    stats: StepStats
+    begin: Mark | None = None  # None: not started
+    end: Mark | None = None
+    tokens: torch.Tensor | None = None  # on the host, once ``end`` has passed
+    error: Exception | None = None  # why it could not start
+
+
+class CudaExecutor(BatchExecutor):
+    """Runs a program on a GPU. Before the first step, :meth:`allocate` must give it a KV cache.
+
+    compute: the type of products. read: yields a checkpoint tensor by name. sampler: for requests that the device's
+    does not serve. on_sent(bytes) reports progress. capture: how decode steps are recorded, None: not at all.
+
+    A step starts when it is submitted: the tokens that it needs of the step before are on the device. Only behind a
+    step that the host samples from, or takes logits or hidden states of, it waits until that has been collected.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        compute: DType,
+        read: Reader,
+        kv_spec: KVSpec,
+        sampler: Sampler,
+        device: Device,
+        *,
+        on_sent: Callable[[int], None] = lambda size: None,
+        capture: Callable[[Device], Capture] | None = CudaCapture,
+    ) -> None:
+        super().__init__(kv_spec, sampler, program.flops, program.bytes, program.adapters)
+        self.program = program
+        self.precision = compute.name
+        self._device = device
+        self._capture = capture
+        self._graphs: Graphs | None = None
+        with device.active():
+            constants = weights.load(program, compute, read, device.torch_device, on_sent)
+            max_blocks = -(-kv_spec.max_model_len // kv_spec.block_size)
+            self._memory = StepMemory(program, device, max_blocks, kv_spec.block_size)
+            self._tables = self._new_tables()
+            self._caches: list[torch.Tensor] = []
+            lowering = Lowering(program, constants, self._caches, self._tables, self._memory.workspace)
+            self._launches = lowering.launches()
+        rows = program.limits["L"]
+        self._landing = [torch.zeros(rows, 2, dtype=torch.int32, pin_memory=device.is_cuda) for _ in range(2)]
+        self._words = SamplingWords(program.limits["S"])
+        self._flights: list[_Step] = []
+        self._sampled: dict[str, int] = {}  # the last tokens that the host has sampled
+        self._rows: dict[str, int] = {}  # of the sequences that the last step samples from: their row on the device
+
+    def _new_tables(self) -> list[AdapterTensors]:
+        types = [table.type for table in self.program.adapters]
+        ranks = max((len(t.widths) * t.max_rank for t in types), default=0)
+        on = self._device.torch_device
+        scratch = torch.empty(self.program.limits["T"], ranks, dtype=torch.float32, device=on)
+        return [AdapterTensors(t, scratch) for t in types]
+
+    def _new_caches(self, num_blocks: int) -> None:
+        self._caches.clear()  # the old ones first
+        on, size = self._device.torch_device, self._kv_spec.block_size
+        for cache in self.program.caches:
+            shape = (num_blocks, 2, cache.num_kv_heads, size, cache.head_dim)
+            self._caches.append(torch.zeros(shape, dtype=TORCH_TYPES[cache.dtype], device=on))
+
+    def run_largest_step(self) -> None:
+        """Take all memory that any step takes, and compile its kernels. The KV cache is lost."""
+        limits = self.program.limits
+        tokens = min(limits["T"], self._kv_spec.max_model_len)
+        size = self._kv_spec.block_size
+        with self._device.active():
+            self._new_caches(1)
+            tiles = self._memory.heads.tiles([tokens], [tokens])
+            sizes = Sizes(tokens, 1, min(limits["N"], tokens), min(limits["L"], tokens), 0, len(tiles))
+            arrays = {
+                "seq_lens": np.array([tokens], np.int32),
+                "query_start_loc": np.array([0, tokens], np.int32),
+                "tiles": tiles,
+                "block_table": np.zeros((1, -(-tokens // size)), np.int32),  # one block, again and again
+            }
+            self._memory.inputs.write(sizes, arrays)
+            frame = self._memory.frame(sizes)
+            self._forward(frame)
+            self._sample_on_device(frame)
+            self._device.synchronize()
+
+    def allocate(self, kv_spec: KVSpec) -> None:
+        """Make the KV cache, and record decode steps on it."""
+        self._kv_spec = kv_spec
+        with self._device.active():
+            self._new_caches(kv_spec.num_blocks)
+            if self._capture is not None:
+                self._graphs = Graphs(self.program.limits["S"], self._run_decode, self._capture(self._device))
+            self._device.synchronize()
+
+    def _run_decode(self, bucket: int) -> None:
+        frame = self._memory.frame(Sizes.decode(bucket))
+        self._forward(frame)
+        self._sample_on_device(frame)
+
+    # ------------------------------------------------------------------ a step
+
+    def _forward(self, frame: Frame) -> None:
+        i = frame.inputs
+        fill_pending(i["token_ids"], i["pending"], self._memory.sampled.view(-1))
+        for launch in self._launches:
+            launch(frame)
+
+    def _sample_on_device(self, frame: Frame) -> None:
+        rows = frame.sizes.logits
+        sample(
+            self._memory.sampled[:rows], self._memory.first(self.program.output, rows), frame.inputs["sampling"],
+            self._memory.scratch,
+        )  # fmt: skip
+
+    def _execute(self, inputs: StepInputs, words: Ints | None) -> None:
+        """Start a step. Without ``words`` nothing is sampled on the device."""
+        arrays = dict(inputs.arrays)
+        query_lens, seq_lens = inputs.shape.query_lens, inputs.shape.seq_lens
+        if words is not None:
+            arrays["sampling"] = words
+        num_tokens, num_seqs, num_rows, num_logits = inputs.dims
+        decodes = [i for i, n in enumerate(query_lens) if n == 1]
+        if self._graphs is not None and num_tokens == num_seqs == num_rows == num_logits:
+            bucket = self._graphs.bucket(num_seqs)
+            self._memory.inputs.write(Sizes.decode(bucket), padded(arrays, bucket))
+            self._graphs.replay(bucket)
+            return
+        arrays["decodes"] = np.array(decodes, np.int32)
+        arrays["tiles"] = self._memory.heads.tiles([0 if n == 1 else n for n in query_lens], seq_lens)
+        sizes = Sizes(num_tokens, num_seqs, num_rows, num_logits, len(decodes), len(arrays["tiles"]))
+        self._memory.inputs.write(sizes, arrays)
+        frame = self._memory.frame(sizes)
+        self._forward(frame)
+        if words is not None and num_logits:
+            self._sample_on_device(frame)
+
+    def _fetched(self, view: Any, count: int) -> npt.NDArray[np.float32]:
+        """Rows of a buffer of the step that ran last, on the host."""
+        rows = self._memory.first(view, count)
+        with self._device.active():
+            host: npt.NDArray[np.float32] = rows.float().cpu().numpy()
+        return host
+
+    def _run(self, inputs: StepInputs) -> tuple[npt.NDArray[np.float32], float]:
+        with self._device.active():
+            begin = self._device.mark()
+            self._execute(inputs, None)
+            end = self._device.mark()
+        end.wait()
+        return self._fetched(self.program.output, inputs.shape.num_logits), end.seconds_since(begin)
+
+    def _hidden(self, inputs: StepInputs) -> npt.NDArray[np.float32]:
+        return self._fetched(self.program.hidden, inputs.shape.num_logits + inputs.shape.num_hidden)
+
+    # ------------------------------------------------------------------ the protocol
+
+    def submit(self, batch: Batch) -> int:
+        self._next_ticket += 1
+        inputs = self._inputs_of(batch)
+        stats = StepStats(0.0, inputs.shape.evaluate(self._flops), inputs.shape.evaluate(self._bytes))
+        step = _Step(self._next_ticket, batch, inputs, self._words.of(batch), stats)
+        before = self._flights[-1] if self._flights else None
+        if before is None or (before.begin is not None and before.words is not None):
+            self._begin_step(step)
+        self._flights.append(step)
+        return step.ticket
+
+    def _begin_step(self, step: _Step) -> None:
+        pending = np.full(len(step.inputs.arrays["token_ids"]), -1, np.int32)
+        for place, request_id in step.inputs.pending:
+            row = self._rows.get(request_id)
+            # A token that the host knows; one whose sampling failed has none, and nobody will look at what follows.
+            step.inputs.arrays["token_ids"][place] = self._sampled.get(request_id, 0)
+            if row is not None:
+                pending[place] = 2 * row
+        step.inputs.arrays["pending"] = pending
+        with self._device.active():
+            step.begin = self._device.mark()
+            self._copy_blocks(step.batch.copies)
+            self._execute(step.inputs, step.words)
+            self._rows = {}
+            if step.words is not None:
+                self._rows = _last_rows(step.batch)
+                count = step.inputs.shape.num_logits
+                step.tokens = self._landing[step.ticket % 2][:count]
+                step.tokens.copy_(self._memory.sampled[:count], non_blocking=True)
+            step.end = self._device.mark()
+
+    def _copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        if copies:
+            sources, targets = torch.tensor(copies, device=self._device.torch_device).unbind(1)
+            for cache in self._caches:
+                cache[targets] = cache[sources]
+
+    def collect(self, ticket: int) -> StepOutput:
+        step = self._flights.pop(0)
+        try:
+            if step.ticket != ticket:
+                raise RuntimeError(f"step {ticket} is collected out of turn, or failed with the one before it")
+            if step.error is not None:
+                raise step.error
+            assert step.begin is not None and step.end is not None
+            step.end.wait()
+            stats = replace(step.stats, seconds=step.end.seconds_since(step.begin))
+            self._sampled = {}
+            output = self._output(step, stats)
+        except BaseException:
+            self._flights.clear()
+            self._device.synchronize()  # the host's copies of inputs are free again
+            raise
+        if self._flights and self._flights[0].begin is None:
+            following = self._flights[0]
+            try:
+                self._begin_step(following)
+            except Exception as error:  # whoever collects this step is told something else
+                following.error = error
+        return output
+
+    def _output(self, step: _Step, stats: StepStats) -> StepOutput:
+        if step.tokens is not None:
+            return _sampled_output(step.batch, step.tokens.numpy(), stats)
+        logits = self._fetched(self.program.output, step.inputs.shape.num_logits)
+        output = self._sample(step.batch, logits, stats)
+        if step.inputs.shape.num_hidden:
+            output = replace(output, hidden=self._hidden_of(step.inputs, step.batch))
+        sequences = zip(step.batch.sequences, output.tokens, strict=True)
+        self._sampled = {s.request_id: new[-1].token_id for s, new in sequences if new}
+        return output
+
+    def read_blocks(self, block_ids: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
+        with self._device.active():
+            ids = torch.tensor(list(block_ids), device=self._device.torch_device)
+            return [_bytes_of(cache[ids]).cpu().numpy() for cache in self._caches]
+
+    def write_blocks(self, block_ids: Sequence[int], blocks: Sequence[npt.NDArray[np.uint8]]) -> None:
+        with self._device.active():
+            ids = torch.tensor(list(block_ids), device=self._device.torch_device)
+            caches = [_bytes_of(cache) for cache in self._caches]
+            check_blocks(len(block_ids), [cache.shape[1] for cache in caches], blocks)
+            for cache, block in zip(caches, blocks, strict=True):
+                cache[ids] = torch.from_numpy(np.ascontiguousarray(block)).to(cache.device)
+
+    def _write_adapter(self, index: int, slot: int, parts: Sequence[AdapterPart]) -> None:
+        with self._device.active():
+            self._tables[index].write(slot, parts)
+
+    def close(self) -> None:
+        self._device.synchronize()
+        self._flights.clear()
+        self._launches.clear()
+        self._tables.clear()
+        self._caches.clear()
+        self._graphs = None
+
+
+def _bytes_of(cache: torch.Tensor) -> torch.Tensor:
+    """uint8 [blocks, bytes of a block]: the same memory."""
+    return cache.view(len(cache), -1).view(torch.uint8)
+
+
+def _last_rows(batch: Batch) -> dict[str, int]:
+    """The last row of logits of each sequence that is sampled from."""
+    rows, end = {}, 0
+    for sequence in batch.sequences:
+        end += sequence.num_logits
+        if sequence.sample is not None:
+            rows[sequence.request_id] = end - 1
+    return rows
+
+
+def _sampled_output(batch: Batch, words: npt.NDArray[np.int32], stats: StepStats) -> StepOutput:
+    """What the device sampled. words [L, 2]: a token, and the bits of the largest logit, not finite in a broken row."""
+    token_ids: list[int] = words[:, 0].tolist()
+    peaks = words[:, 1].view(np.float32) if len(words) else np.zeros(0, np.float32)
+    tokens: list[Sequence[SampledToken]] = []
+    failures: dict[int, str] = {}
+    end = 0
+    for index, sequence in enumerate(batch.sequences):
+        start, end = end, end + sequence.num_logits
+        tokens.append([SampledToken(token) for token in token_ids[start:end]])
+        broken = ~np.isfinite(peaks[start:end])
+        if broken.any():
+            tokens[-1] = ()
+            failures[index] = f"logits of request {sequence.request_id} have maximum {peaks[start:end][broken][0]}"
+    return StepOutput(tuple(tokens), stats, failures)

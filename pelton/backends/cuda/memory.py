@@ -1,0 +1,135 @@
+"""The device memory that steps work in, apart from constants and KV caches: sized once, for the largest step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ...graph import BF16, F16, F32, DType
+from ...program import CacheRef, Call, Program, View
+from .device import Device
+from .inputs import DeviceInputs, Ints, Sizes
+from .triton.attention import choose_splits, decode_workspace_size, prefill_tiles
+from .triton.sampling import scratch_words
+
+TORCH_TYPES: dict[DType, torch.dtype] = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+
+
+class Rows(NamedTuple):
+    """A view, and the step dimension that its rows count: that of the call that reads it, or fewer of its buffer."""
+
+    view: View
+    dim: str
+
+
+def rows_of(program: Program, call: Call, view: View) -> Rows:
+    """What a call reads or writes of a view. Rows are its own, but where it selects some."""
+    own = program.buffers[view.buffer].rows
+    return Rows(view, own if call.kernel == "take_rows" and view in call.operands else program.rows_of(call))
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """All that the calls of a step read and write but constants and caches.
+
+    tensors: [rows of the step, columns]. num_splits: of the KV cache of each decoding sequence.
+    """
+
+    sizes: Sizes
+    tensors: Mapping[Rows, torch.Tensor]
+    inputs: Mapping[str, torch.Tensor]
+    num_splits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Of the attention layers, which are alike in this."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    cache_dtype: DType
+
+    @classmethod
+    def of(cls, program: Program) -> Heads:
+        """
+        Raises:
+            ValueError: layers differ, so that one list of tiles does not serve all.
+        """
+        found = {cls(1, 1, 1, F32)}
+        for call in program.calls:
+            if call.kernel == "attention":
+                cache = program.caches[next(o.index for o in call.operands if isinstance(o, CacheRef))]
+                found.add(cls(call.params["num_heads"], cache.num_kv_heads, cache.head_dim, cache.dtype))
+        if len(found) > 2:
+            raise ValueError("attention layers of different shapes")
+        return max(found, key=lambda heads: heads.num_heads)
+
+    def tiles(self, query_lens: Sequence[int], seq_lens: Sequence[int]) -> Ints:
+        """The pieces that prefill attention works on."""
+        group = self.num_heads // self.num_kv_heads
+        return prefill_tiles(query_lens, seq_lens, group, self.head_dim, TORCH_TYPES[self.cache_dtype])
+
+
+def step_bytes(program: Program) -> int:
+    """Of a :class:`StepMemory`, but for inputs and partial results of attention, which are small."""
+    return program.arena_bytes + 8 * scratch_words(program.limits["L"], program.output.cols)
+
+
+class StepMemory:
+    """Inputs, the program's buffers in one arena, and what kernels need besides.
+
+    max_blocks: of a sequence, of ``block_size`` tokens each.
+    """
+
+    def __init__(self, program: Program, device: Device, max_blocks: int, block_size: int) -> None:
+        self.heads = Heads.of(program)
+        self._program = program
+        self._num_sms = device.num_sms
+        self._max_seq_len = max_blocks * block_size
+        limits, on = program.limits, device.torch_device
+        tokens, sequences, rows, logits = (limits[dim] for dim in "TSNL")
+        # A tile has at least one token.
+        most = Sizes(tokens, sequences, rows, logits, sequences, tokens)
+        self.inputs = DeviceInputs(on, most, sequences * max_blocks)
+        self._arena = torch.zeros(max(program.arena_bytes, 1), dtype=torch.uint8, device=on)
+        self._buffers = {
+            rows_of(program, call, view): self._buffer(view)
+            for call in program.calls
+            for view in (*call.outputs, *call.operands)
+            if isinstance(view, View)
+        }
+        self.workspace = torch.empty(self._workspace_size(sequences), dtype=torch.float32, device=on)
+        #: Per row of logits: the token, and the bits of the largest logit.
+        self.sampled = torch.zeros(logits, 2, dtype=torch.int32, device=on)
+        self.scratch = torch.empty(scratch_words(logits, program.output.cols), dtype=torch.int64, device=on)
+
+    def _buffer(self, view: View) -> torch.Tensor:
+        """A view as large as the largest step needs it."""
+        buffer = self._program.buffers[view.buffer]
+        rows = self._program.limits[buffer.rows]
+        memory = self._arena[buffer.offset : buffer.offset + rows * buffer.cols * buffer.dtype.bits // 8]
+        whole = memory.view(TORCH_TYPES[buffer.dtype]).view(rows, buffer.cols)
+        return whole[:, view.start : view.start + view.cols]
+
+    def _num_splits(self, num_seqs: int) -> int:
+        return choose_splits(num_seqs, self.heads.num_kv_heads, self._num_sms, self._max_seq_len)
+
+    def _workspace_size(self, max_num_seqs: int) -> int:
+        """Fewer sequences may need more, as they are split up further."""
+        return max(
+            decode_workspace_size(n, self.heads.num_heads, self.heads.head_dim, self._num_splits(n))
+            for n in range(1, max_num_seqs + 1)
+        )
+
+    def frame(self, sizes: Sizes) -> Frame:
+        """The memory of a step of this size. Of equal sizes it is the same memory."""
+        tensors = {rows: whole[: sizes[rows.dim]] for rows, whole in self._buffers.items()}
+        return Frame(sizes, tensors, self.inputs.views(sizes), self._num_splits(max(sizes.decodes, 1)))
+
+    def first(self, view: View, count: int) -> torch.Tensor:
+        """The first rows of a view."""
+        return self._buffer(view)[:count]
