@@ -43,6 +43,7 @@ def test_sums_products_and_multiples(shape: tuple[int, int], source: torch.dtype
     assert gaps_untouched(out)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # the interpreter's NumPy
 @pytest.mark.parametrize(("source", "target"), DTYPES)
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_activations(kind: str, source: torch.dtype, target: torch.dtype) -> None:
@@ -76,6 +77,7 @@ def test_gates_and_ups_in_turns(blocks: int, kind: str) -> None:
     assert gaps_untouched(out)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_softcap(shape: tuple[int, int]) -> None:
     x, out = strided(*shape, F32, 1, 30.0), strided(*shape, F32)

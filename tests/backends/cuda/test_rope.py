@@ -18,11 +18,11 @@ from tests.helpers.tolerance import F32_EPS, assert_within
 from pelton.backends.cuda.triton import rope  # isort: skip  behind device, which chooses the interpreter
 
 BLOCKS, BLOCK_SIZE, MAX_POSITIONS, MARK = 4, 4, 50, 7.0
-POSITIONS = [0, 49, 7, 8, 0]
-#: A block's last slot, its neighbour's first, and rows that are no tokens.
-SLOTS = [15, -1, 3, 4, -1]
+POSITIONS = [49, 0, 7, 8]
+#: A block's last slot, its neighbour's first, and a row that is no token.
+SLOTS = [15, -1, 3, 4]
 #: (head_dim, rotary_dim, heads, kv_heads): odd sizes, a part that turns, heads for more than one program.
-SHAPES = [(12, 12, 3, 1), (8, 6, 6, 2), (80, 32, 4, 4), (128, 128, 18, 9), (64, 2, 5, 5)]
+SHAPES = [(12, 12, 3, 1), (8, 6, 6, 2), (80, 32, 4, 4), (128, 128, 9, 9), (64, 2, 5, 5)]
 
 
 def spec_of(head_dim: int, rotary_dim: int, interleaved: bool) -> tuple[RopeSpec, torch.Tensor]:
@@ -59,7 +59,7 @@ def written(kv_heads: int, head_dim: int, k: npt.NDArray[Any], v: npt.NDArray[An
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("head_dim", "rotary_dim", "heads", "kv_heads"), SHAPES)
-@pytest.mark.parametrize(("dtype", "stored"), [(F32, F32), (BF16, BF16), (BF16, F16), (F32, BF16)])
+@pytest.mark.parametrize(("dtype", "stored"), [(F32, F32), (BF16, BF16), (BF16, F16)])
 def test_rope_and_cache_in_one_launch(
     head_dim: int, rotary_dim: int, heads: int, kv_heads: int, dtype: torch.dtype, stored: torch.dtype,
     interleaved: bool,
@@ -84,7 +84,7 @@ def test_rope_and_cache_in_one_launch(
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(("head_dim", "rotary_dim", "heads", "kv_heads"), SHAPES)
+@pytest.mark.parametrize(("head_dim", "rotary_dim", "heads", "kv_heads"), SHAPES[::2])
 def test_rope_alone(head_dim: int, rotary_dim: int, heads: int, kv_heads: int, interleaved: bool) -> None:
     spec, table = spec_of(head_dim, rotary_dim, interleaved)
     x, out = strided(len(SLOTS), heads * head_dim, F16, 1), strided(len(SLOTS), heads * head_dim, F32)
