@@ -23,8 +23,8 @@ _LEFT, _RIGHT, _GAP = 3, 2, 7.0
 
 
 def strided(rows: int, columns: int, dtype: torch.dtype, seed: int = 0, spread: float = 1.0) -> torch.Tensor:
-    """Random numbers in a column view of a wider tensor."""
-    base = torch.full((rows, _LEFT + columns + _RIGHT), _GAP, dtype=dtype)
+    """Random numbers in a column view of a wider tensor; other seeds, other strides."""
+    base = torch.full((rows, _LEFT + columns + _RIGHT + seed % 8), _GAP, dtype=dtype)
     values = np.random.default_rng(seed).normal(size=(rows, columns)) * spread
     base[:, _LEFT : _LEFT + columns] = torch.from_numpy(values).to(dtype)
     return base.to(DEVICE)[:, _LEFT : _LEFT + columns]
@@ -33,7 +33,7 @@ def strided(rows: int, columns: int, dtype: torch.dtype, seed: int = 0, spread: 
 def gaps_untouched(view: torch.Tensor) -> bool:
     base = view._base
     assert base is not None
-    return bool((base[:, :_LEFT] == _GAP).all() and (base[:, -_RIGHT:] == _GAP).all())
+    return bool((base[:, :_LEFT] == _GAP).all() and (base[:, _LEFT + view.shape[1] :] == _GAP).all())
 
 
 def f64(x: torch.Tensor) -> npt.NDArray[np.float64]:

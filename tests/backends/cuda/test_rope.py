@@ -22,7 +22,7 @@ POSITIONS = [49, 0, 7, 8]
 #: A block's last slot, its neighbour's first, and a row that is no token.
 SLOTS = [15, -1, 3, 4]
 #: (head_dim, rotary_dim, heads, kv_heads): odd sizes, a part that turns, heads for more than one program.
-SHAPES = [(12, 12, 3, 1), (8, 6, 6, 2), (80, 32, 4, 4), (128, 128, 9, 9), (64, 2, 5, 5)]
+SHAPES = [(12, 12, 3, 1), (8, 6, 6, 2), (80, 32, 4, 4), (128, 128, 9, 17), (64, 2, 5, 5)]
 
 
 def spec_of(head_dim: int, rotary_dim: int, interleaved: bool) -> tuple[RopeSpec, torch.Tensor]:
@@ -46,7 +46,13 @@ def bound(x: npt.NDArray[Any], want: npt.NDArray[Any], dtype: torch.dtype) -> np
 
 
 def marked_cache(kv_heads: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.full((BLOCKS, 2, kv_heads, BLOCK_SIZE, head_dim), MARK, dtype=dtype, device=DEVICE)
+    """The end of a larger one: slot -1 would be before it."""
+    return torch.full((1 + BLOCKS, 2, kv_heads, BLOCK_SIZE, head_dim), MARK, dtype=dtype, device=DEVICE)[1:]
+
+
+def nothing_before(cache: torch.Tensor) -> bool:
+    assert cache._base is not None
+    return bool((cache._base[0] == MARK).all())
 
 
 def written(kv_heads: int, head_dim: int, k: npt.NDArray[Any], v: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -77,6 +83,7 @@ def test_rope_and_cache_in_one_launch(
     limit = bound(f64(k), exact, stored)
     limit[:, 1] = ROUNDING[stored] * np.abs(exact[:, 1]) * (dtype != stored)
     assert_within(f64(cache), exact, np.where(exact == MARK, 0, limit))
+    assert nothing_before(cache)
 
     again = marked_cache(kv_heads, head_dim, stored)
     rope.rope_kv_write(q, again, *args)
@@ -105,6 +112,7 @@ def test_kv_write_alone(head_dim: int, kv_heads: int, stored: torch.dtype) -> No
     rope.kv_write(cache, k, v, ints(SLOTS))
     exact = written(kv_heads, head_dim, f64(k), f64(v))
     assert_within(f64(cache), exact, np.where(exact == MARK, 0, ROUNDING[stored] * np.abs(exact) + 2.0**-25))
+    assert nothing_before(cache)
     k[0, 0], v[0, 1] = 1e5, -1e5  # in slot 15, the last of block 3
     rope.kv_write(cache, k, v, ints(SLOTS))
     infinite = stored == F16
