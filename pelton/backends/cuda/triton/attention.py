@@ -39,14 +39,15 @@ class _Tile(NamedTuple):
 
 
 def _tile(head_dim: int, dtype: torch.dtype, prefill: bool, group: int = 1) -> _Tile:
-    """Sizes that fit the 99 KiB of shared memory of sm_86, too.
+    """Sizes that fit the 99 KiB of shared memory of sm_86, too, and spill no registers (heads of 256: some bytes).
 
-    dtype: of the cache. A product of Hopper's takes 64 rows per 4 warps; Ampere's takes 16 per warp. Single tokens have
-    as few rows as their heads (16 at least, for ``tl.dot``): what counts there is bytes on the way, hence the stages.
+    dtype: of the cache. A wgmma of Hopper's takes 64 rows per 4 warps, an mma of Ampere's 16 per warp. Single tokens
+    have as few rows as heads, 16 at least for ``tl.dot``: there bytes on their way count, hence three stages, and so
+    little of everything that three programs fit on a multiprocessor.
     """
     wide = next_power_of_2(head_dim) > 128
-    if dtype == torch.float32:  # no tensor cores: registers and shared memory hold twice the bytes
-        tile = _Tile(32, 32, 4, 1)
+    if dtype == torch.float32:  # no tensor cores: operands lie in registers
+        tile = _Tile(32, 32 if head_dim <= 64 else 16, 8, 1)
     elif prefill:
         tile = _Tile(64, 32, 4, 2) if wide else _Tile(128, 64, 8, 3)
     else:
@@ -119,7 +120,7 @@ def _attend(
     d = tl.arange(0, BLOCK_D)
     n = start + tl.arange(0, BLOCK_N)
     # Block numbers are loaded an iteration ahead, by hand: the pipeliner would make keys and values wait for them.
-    block = tl.load(table_ptr + n // BLOCK_SIZE, mask=(n >= first) & (n < last), other=0)
+    block = tl.load(table_ptr + n // BLOCK_SIZE, mask=n < last, other=0)
     for begin in tl.range(start, stop, BLOCK_N):
         n = begin + tl.arange(0, BLOCK_N)
         exists = (n >= first) & (n < last)
@@ -128,18 +129,11 @@ def _attend(
         after = n + BLOCK_N
         block = tl.load(table_ptr + after // BLOCK_SIZE, mask=after < last, other=0)
         # Zeros where nothing exists: a weight of zero times what lies there might be NaN.
-        if MASKED and BLOCK_D != HEAD_DIM:
-            k = tl.load(at, mask=exists[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-            v = tl.load(at + values, mask=exists[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-        elif MASKED:
-            k = tl.load(at, mask=exists[:, None], other=0.0)
-            v = tl.load(at + values, mask=exists[:, None], other=0.0)
-        elif BLOCK_D != HEAD_DIM:
-            k = tl.load(at, mask=(d < HEAD_DIM)[None, :], other=0.0)
-            v = tl.load(at + values, mask=(d < HEAD_DIM)[None, :], other=0.0)
-        else:
-            k = tl.load(at)
-            v = tl.load(at + values)
+        there = (d < HEAD_DIM)[None, :]
+        if MASKED:
+            there = there & exists[:, None]
+        k = tl.load(at, mask=there, other=0.0)
+        v = tl.load(at + values, mask=there, other=0.0)
         score = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), EXACT)
         # From here on a score is score * unit: the product goes into that of the exponent.
         if SOFTCAP != 0.0:
