@@ -41,6 +41,7 @@ _ONE = 1 << 42
 BLOCK = 4096
 
 _LEVELS = tl.constexpr(16)
+_CHUNK_WORDS = tl.constexpr(2 + 2 * 16)
 _LOWEST = tl.constexpr(-(2**63))  # no token's rank
 _HIGHEST = tl.constexpr(2**63 - 1)
 _NONE = tl.constexpr(2**31 - 1)  # no token's id
@@ -71,8 +72,8 @@ def scratch_words(max_rows: int, vocab: int, block: int = BLOCK) -> int:
 
 
 def _row_words(vocab: int, block: int) -> int:
-    # best [chunks], masses [chunks, levels], counts [chunks, levels]; then, of 32 bits, list [vocab], work [block].
-    return -(-vocab // block) * (1 + 2 * _LEVELS.value) + -(-vocab // 2) + block // 2
+    # Per chunk best, total, masses [levels] and counts [levels]; then, of 32 bits, list [vocab] and work [block].
+    return -(-vocab // block) * _CHUNK_WORDS.value + -(-vocab // 2) + block // 2
 
 
 def sample(
@@ -97,7 +98,7 @@ def sample(
     # Weights are the same everywhere only if no product and sum become one: see weights() of the definition.
     _levels_kernel[grid](
         logits, words, scratch, vocab, logits.stride(0), words.stride(0), row_words, chunks,
-        CHUNKS=wide, BLOCK=block, num_warps=8, enable_fp_fusion=False,
+        CHUNKS=wide, BLOCK=block, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     _list_kernel[grid](
         logits, words, scratch, lists, vocab, logits.stride(0), words.stride(0), row_words, chunks,
@@ -122,7 +123,7 @@ def _levels_kernel(
     logits_ptr, words_ptr, scratch_ptr, vocab, logits_stride, words_stride, row_words, num_chunks,
     CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of each chunk, mass and number of the tokens that reach each level."""
+    """Of each chunk, the mass; and, if it is needed, mass and number of the tokens that reach each level."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     scale, top_k, top_p, least, typical_p = _params(words_ptr + row * words_stride)
     row_ptr = scratch_ptr + row * row_words
@@ -131,14 +132,14 @@ def _levels_kernel(
         return
     _, x = _chunk(logits_ptr + row * logits_stride, chunk, vocab, BLOCK)
     y, mass = _weights(x, peak, scale)
-    level = tl.arange(0, _LEVELS)
-    masses_ptr = row_ptr + num_chunks + chunk * _LEVELS
+    tl.store(row_ptr + num_chunks + chunk, tl.sum(mass.to(tl.int64), 0))
     if _is_filtered(top_k, top_p, least, typical_p, vocab):
+        level = tl.arange(0, _LEVELS)
+        masses_ptr = row_ptr + num_chunks * 2 + chunk * _LEVELS + level
         reached = y[None, :] >= _level(level)[:, None]
-        tl.store(masses_ptr + level, tl.sum(tl.where(reached, mass[None, :], 0), 1))
-        tl.store(masses_ptr + num_chunks * _LEVELS + level, tl.sum(reached.to(tl.int32), 1).to(tl.int64))
-    else:
-        tl.store(masses_ptr + _LEVELS - 1, tl.sum(mass, 0))
+        # Float32 sums err by at most BLOCK * 2**-24. That is enough for the choice of a level, and cheap.
+        tl.store(masses_ptr, tl.sum(tl.where(reached, mass[None, :], 0.0), 1).to(tl.int64))
+        tl.store(masses_ptr + num_chunks * _LEVELS, tl.sum(tl.where(reached, 1.0, 0.0), 1).to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["words_ptr"])
@@ -155,12 +156,12 @@ def _list_kernel(
         return
     level, _, _ = _least_level(row_ptr, top_k, top_p, least, vocab, num_chunks, CHUNKS)
     others = tl.arange(0, CHUNKS)
-    counts_ptr = row_ptr + num_chunks * (1 + _LEVELS) + level
+    counts_ptr = row_ptr + num_chunks * (2 + _LEVELS) + level
     before = tl.sum(tl.load(counts_ptr + others * _LEVELS, mask=others < chunk, other=0), 0).to(tl.int32)
     ids, x = _chunk(logits_ptr + row * logits_stride, chunk, vocab, BLOCK)
     y, _ = _weights(x, peak, scale)
     reached = (y >= _level(level)).to(tl.int32)
-    list_ptr = lists_ptr + 2 * (row * row_words + num_chunks * (1 + 2 * _LEVELS))
+    list_ptr = lists_ptr + 2 * (row * row_words + num_chunks * _CHUNK_WORDS)
     tl.store(list_ptr + before + tl.cumsum(reached, 0) - 1, ids, mask=reached != 0)
 
 
@@ -180,7 +181,7 @@ def _draw_kernel(
         token = 0
     elif scale != 0.0:
         if _is_filtered(top_k, top_p, least, typical_p, vocab):
-            list_ptr = lists_ptr + 2 * (row * row_words + num_chunks * (1 + 2 * _LEVELS))
+            list_ptr = lists_ptr + 2 * (row * row_words + num_chunks * _CHUNK_WORDS)
             work_ptr = list_ptr + (vocab + 1) // 2 * 2
             _, size, total = _least_level(row_ptr, top_k, top_p, least, vocab, num_chunks, CHUNKS)
             token = _drawn_from_list(
@@ -199,12 +200,12 @@ def _drawn_from_all(
     logits_ptr, peak, scale, masses_ptr, vocab, num_chunks, bits, CHUNKS: tl.constexpr, BLOCK: tl.constexpr
 ):
     chunks = tl.arange(0, CHUNKS)
-    masses = tl.load(masses_ptr + chunks * _LEVELS + _LEVELS - 1, mask=chunks < num_chunks, other=0)
+    masses = tl.load(masses_ptr + chunks, mask=chunks < num_chunks, other=0)
     target = _target(bits, tl.sum(masses, 0))
     chunk = tl.sum((tl.cumsum(masses, 0) <= target).to(tl.int32), 0)
     ids, x = _chunk(logits_ptr, chunk, vocab, BLOCK)
     _, mass = _weights(x, peak, scale)
-    return _first_beyond(ids, mass, target - tl.sum(tl.where(chunks < chunk, masses, 0), 0))
+    return _first_beyond(ids, mass.to(tl.int64), target - tl.sum(tl.where(chunks < chunk, masses, 0), 0))
 
 
 @triton.jit
@@ -214,7 +215,7 @@ def _drawn_from_list(
     none = tl.full((), 0, tl.int64)
     border = tl.full((), _LOWEST + 1, tl.int64)
     near, mean = border, tl.full((), 0, tl.float32)
-    if (top_k > 0) & (top_k < size):
+    if (top_k > 0) & (top_k <= size):  # otherwise, the list has all that weighs something
         state = (logits_ptr, peak, scale, border, none, mean)
         border = _border(state, list_ptr, work_ptr, size, top_k.to(tl.int64), True, False, BLOCK)
         total = _sums((logits_ptr, peak, scale, border, none, mean), list_ptr, size, near, BLOCK)[0]
@@ -276,8 +277,7 @@ def _border(state, list_ptr, work_ptr, size, needed, COUNTED: tl.constexpr, NEAR
 @triton.jit
 def _middle(low, high):
     """Between two ranks, above the lower: half way between their floats, or if none is there, between their ids."""
-    x = _value((low >> 32).to(tl.int32)) * 0.5 + _value((high >> 32).to(tl.int32)) * 0.5
-    middle = _key(x).to(tl.int64) << 32
+    middle = _rank(_value(low) * 0.5 + _value(high) * 0.5, 0x7FFFFFFF)
     return tl.where((middle > low) & (middle <= high), middle, (low | high) - ((low ^ high) >> 1))
 
 
@@ -289,7 +289,7 @@ def _sums(state, list_ptr, size, near, BLOCK: tl.constexpr):
         rank, mass, y, _ = _ranked(state, list_ptr, start, size, False, True, BLOCK)
         mass = tl.where(rank >= near, mass, 0)
         total += tl.sum(mass, 0)
-        product = y.to(tl.float64) * mass.to(tl.float64)  # of 24 bits each, exact
+        product = y.to(tl.float64) * mass.to(tl.float64)  # exact: both have 24 bits
         scaled += tl.sum(((product + 6755399441055744.0) - 6755399441055744.0).to(tl.int64), 0)  # ties to even
     return total, scaled
 
@@ -322,7 +322,8 @@ def _ranked(state, list_ptr, start, size, COUNTED: tl.constexpr, NEAR: tl.conste
     at = start + tl.arange(0, BLOCK)
     ids = tl.load(list_ptr + at, mask=at < size, other=0)
     x = tl.load(logits_ptr + ids, mask=at < size, other=float("-inf"))
-    y, weight = _weights(x, peak, scale)
+    y, mass = _weights(x, peak, scale)
+    weight = mass.to(tl.int64)
     rank = _rank(x, ids)
     left = (at < size) & (rank >= border) & (weight >= least)
     if NEAR:
@@ -363,7 +364,7 @@ def _peak(best_ptr, num_chunks, CHUNKS: tl.constexpr):
     """Id and value of the row's first largest logit."""
     chunks = tl.arange(0, CHUNKS)
     best = tl.max(tl.load(best_ptr + chunks, mask=chunks < num_chunks, other=_LOWEST), 0)
-    return 0x7FFFFFFF - best.to(tl.int32), _value((best >> 32).to(tl.int32))
+    return 0x7FFFFFFF - best.to(tl.int32), _value(best)
 
 
 @triton.jit
@@ -381,15 +382,15 @@ def _level(index):
 def _least_level(row_ptr, top_k, top_p, least, vocab, num_chunks, CHUNKS: tl.constexpr):
     """A level that all tokens reach that the first of the filters might leave, how many do, mass of the row."""
     chunks, level = tl.arange(0, CHUNKS), tl.arange(0, _LEVELS)
-    at = row_ptr + num_chunks + chunks[:, None] * _LEVELS + level[None, :]
-    valid = (chunks < num_chunks)[:, None]
-    masses = tl.sum(tl.load(at, mask=valid, other=0), 0)
-    counts = tl.sum(tl.load(at + num_chunks * _LEVELS, mask=valid, other=0), 0)
-    total = tl.max(masses, 0)
+    at = row_ptr + num_chunks * 2 + chunks[:, None] * _LEVELS + level[None, :]
+    valid = chunks < num_chunks
+    total = tl.sum(tl.load(row_ptr + num_chunks + chunks, mask=valid, other=0), 0)
+    masses = tl.sum(tl.load(at, mask=valid[:, None], other=0), 0)
+    counts = tl.sum(tl.load(at + num_chunks * _LEVELS, mask=valid[:, None], other=0), 0)
     # The token with the largest y below a level weighs no more than that level, but for roundings.
     _, mass = _weights(_level(level), 0.0, 1.0)
-    enough = (least > 0) & (mass + (mass >> 16) + 2 <= least)
-    enough = tl.where(top_p < 1.0, masses >= _share(top_p, total), enough)
+    enough = (least > 0) & (mass * 1.001 + 2.0 <= least.to(tl.float32))
+    enough = tl.where(top_p < 1.0, masses - (masses >> 11) >= _share(top_p, total), enough)
     enough = tl.where((top_k > 0) & (top_k < vocab), counts >= top_k, enough)
     index = tl.min(tl.where(enough, level, _LEVELS - 1), 0)
     return index, tl.sum(tl.where(level == index, counts, 0), 0).to(tl.int32), total
@@ -411,29 +412,28 @@ def _target(bits, total):
 
 
 @triton.jit
-def _key(x):
-    """float32 as int32 of the same order: -0.0 is 0.0, NaN the largest."""
+def _rank(x, ids):
+    """int64 that orders tokens by x (NaN is the largest, -0.0 is 0.0), then by smaller id."""
     bits = x.to(tl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     key = tl.where(key == -1, 0, key)
-    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFFFFFF, key)
+    key = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFFFFFF, key)
+    return (key.to(tl.int64) << 32) | (0x7FFFFFFF - ids)
 
 
 @triton.jit
-def _value(key):
-    """The float32 of a key."""
+def _value(rank):
+    """The float32 that a rank orders by."""
+    key = (rank >> 32).to(tl.int32)
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _rank(x, ids):
-    """int64 that orders tokens by x, then by smaller id."""
-    return (_key(x).to(tl.int64) << 32) | (0x7FFFFFFF - ids).to(tl.int64)
-
-
-@triton.jit
 def _weights(x, peak, scale):
-    """weights() of the definition: y, and 2**y in units of 2**-42. Needs multiply-add not to be fused."""
+    """weights() of the definition: y, and 2**y in units of 2**-42. Needs multiply-add not to be fused.
+
+    The weight is a whole number, but a float32.
+    """
     y = tl.maximum((x - peak) * scale, -60.0)
     n = (y + 12582912.0) - 12582912.0  # 1.5 * 2**23: rounds to an integer
     r = y - n
@@ -445,4 +445,4 @@ def _weights(x, peak, scale):
     weight = p * ((n.to(tl.int32) + (127 + 42)) << 23).to(tl.float32, bitcast=True)  # a power of two: exact
     # From 2**23 on, a float32 is an integer; below, the sum with 2**23 rounds to one, ties to even.
     whole = (weight + 8388608.0) - 8388608.0
-    return y, tl.where(weight < 8388608.0, whole, weight).to(tl.int64)
+    return y, tl.where(weight < 8388608.0, whole, weight)
