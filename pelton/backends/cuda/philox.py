@@ -45,4 +45,5 @@ def random_bits_of(seeds: UInt64s, steps: UInt64s) -> UInt64s:
         x = high[::-1] ^ other
         x ^= key
         other = product[::-1]
-    return x[0] >> np.uint64(11)
+    result: UInt64s = x[0] >> np.uint64(11)
+    return result

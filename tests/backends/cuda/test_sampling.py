@@ -105,6 +105,20 @@ def test_equal_logits_rank_by_id(case):
     check(row, [params], [seed], block=64)
 
 
+def test_zeros_of_either_sign_are_equal():
+    row = np.array([[-1, -0.0, 0.0, -2] * 20, [-1, 0.0, -0.0, -2] * 20], np.float32)
+    check(row, [SamplingParams(top_k=1)] * 2, [0, 1])
+    check(row, [SamplingParams(temperature=0)] * 2, [0, 1])
+
+
+def test_a_target_at_the_border_of_two_tokens_draws_the_second():
+    words = np.stack([request_words(p) for p in (SamplingParams(), SamplingParams(min_p=0.5))] * 2)
+    words[:, 8:10] = np.array([2**52] * 2 + [2**52 - 1] * 2).view(np.int32).reshape(4, 2)
+    row = np.full((4, 100), -np.inf, np.float32)
+    row[:, [3, 99]] = 0
+    assert run(row, words)[0] == [99, 99, 3, 3]
+
+
 def test_a_batch_may_hold_anything():
     """Greedy rows, sampled ones, broken ones, padding; views with strides of their own."""
     logits = normal(2, 7, 300)

@@ -1,15 +1,16 @@
 """From logits to tokens, bit for bit as :mod:`pelton.engine.sampling` defines it: steps 7 to 9.
 
-Four kernels, of which a greedy row needs the first and the last:
+Four kernels. A greedy row needs the first and the last:
 
-1. per chunk of a row, its largest logit;
-2. per chunk, how many tokens have a scaled logit of at least each of some levels, and what they weigh together;
-3. those tells which level all tokens reach that top-k, top-p or min-p might leave: their ids, in order, become a list;
-4. one program per row does the rest on that list, which is short as a rule. A row without top-k, top-p, min-p and
-   typical-p draws right from the chunk that the sums of the second kernel point to.
+1. per chunk of a row, the largest logit;
+2. per chunk, the mass, and how many tokens with what mass reach each of some levels of y, the scaled logit;
+3. with that, it is known which level all tokens reach that the filters (top-k, top-p, min-p, typical-p) might leave:
+   the ids of those that reach it become a list, in their order;
+4. one program per row filters that list, which is short as a rule, and draws. A row without filters has no list: it
+   draws from the chunk to which the masses of the chunks point.
 
-Where logits are ranked, a logit and its id are one int64 (:func:`_rank`), so that there are no ties, and what a
-filter leaves is what ranks no lower than a border. Borders are found by bisection. All sums are of integers.
+Where tokens are ranked, value and id are one int64 (:func:`_rank`). So no two are equal, and what a filter leaves is
+what ranks no lower than a border, which is found by bisection. All sums that decide are of integers.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def scratch_words(max_rows: int, vocab: int, block: int = BLOCK) -> int:
 
 def _row_words(vocab: int, block: int) -> int:
     # Per chunk best, total, masses [levels] and counts [levels]; then, of 32 bits, list [vocab] and work [block].
-    return -(-vocab // block) * _CHUNK_WORDS.value + -(-vocab // 2) + block // 2
+    chunk_words: int = _CHUNK_WORDS.value
+    return -(-vocab // block) * chunk_words + -(-vocab // 2) + block // 2
 
 
 def sample(
@@ -212,36 +214,42 @@ def _drawn_from_all(
 def _drawn_from_list(
     logits_ptr, peak, scale, list_ptr, work_ptr, size, total, top_k, top_p, least, typical_p, bits, BLOCK: tl.constexpr
 ):
-    none = tl.full((), 0, tl.int64)
-    border = tl.full((), _LOWEST + 1, tl.int64)
-    near, mean = border, tl.full((), 0, tl.float32)
-    if (top_k > 0) & (top_k <= size):  # otherwise, the list has all that weighs something
-        state = (logits_ptr, peak, scale, border, none, mean)
-        border = _border(state, list_ptr, work_ptr, size, top_k.to(tl.int64), True, False, BLOCK)
-        total = _sums((logits_ptr, peak, scale, border, none, mean), list_ptr, size, near, BLOCK)[0]
-    if top_p < 1.0:
-        state = (logits_ptr, peak, scale, border, none, mean)
-        border = _border(state, list_ptr, work_ptr, size, _share(top_p, total), False, False, BLOCK)
-    if typical_p < 1.0:
-        total, scaled = _sums((logits_ptr, peak, scale, border, least, mean), list_ptr, size, near, BLOCK)
-        # A token's surprise is log2(total) - y, their mean is the entropy: the total cancels out.
-        mean = (scaled.to(tl.float64) / total.to(tl.float64)).to(tl.float32)
-        state = (logits_ptr, peak, scale, border, least, mean)
-        near = _border(state, list_ptr, work_ptr, size, _share(typical_p, total), False, True, BLOCK)
-    state = (logits_ptr, peak, scale, border, least, mean)
-    total = _sums(state, list_ptr, size, near, BLOCK)[0]
-    return _drawn(state, list_ptr, size, near, _target(bits, total), BLOCK)
+    border = tl.full((), _LOWEST + 1, tl.int64)  # by logit: of what top-k and top-p leave
+    near, mean = border, tl.full((), 0, tl.float32)  # by nearness to the mean: of what typical-p leaves
+    has_top_k = (top_k > 0) & (top_k <= size)  # a list that is too short for it has all that weighs something
+    stage = tl.full((), 0, tl.int32)
+    while stage < 3:
+        is_top_k, is_top_p = (stage == 0) & has_top_k, (stage == 1) & (top_p < 1.0)
+        is_typical = (stage == 2) & (typical_p < 1.0)
+        if is_top_k | is_top_p | is_typical:
+            floor = tl.where(is_typical, least, 0)
+            left, scaled = _sums((logits_ptr, peak, scale, border, floor, near, mean), list_ptr, size, BLOCK)
+            # A token's surprise is log2(total) - y, their mean is the entropy: the total cancels out.
+            mean = (scaled.to(tl.float64) / left.to(tl.float64)).to(tl.float32)
+            if is_top_k:
+                needed = top_k.to(tl.int64)
+            elif is_top_p:  # of a list that was made for top-p, all the rest of the row is shared, too
+                needed = _share(top_p, tl.where(has_top_k, left, total))
+            else:
+                needed = _share(typical_p, left)
+            state = (logits_ptr, peak, scale, border, floor, near, mean)
+            found = _border(state, list_ptr, work_ptr, size, needed, is_top_k, is_typical, BLOCK)
+            border, near = tl.where(is_typical, border, found), tl.where(is_typical, found, near)
+        stage += 1
+    state = (logits_ptr, peak, scale, border, least, near, mean)
+    left, _ = _sums(state, list_ptr, size, BLOCK)
+    return _drawn(state, list_ptr, size, _target(bits, left), BLOCK)
 
 
 @triton.jit
-def _border(state, list_ptr, work_ptr, size, needed, COUNTED: tl.constexpr, NEAR: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest rank whose token, with all that rank higher, has a mass, or number, of ``needed``."""
+def _border(state, list_ptr, work_ptr, size, needed, counted, is_near, BLOCK: tl.constexpr):
+    """The largest rank whose token, with all that rank higher, weighs ``needed``; see :func:`_ranked`."""
     above = tl.full((), 0, tl.int64)  # the mass of what ranks higher than all that is still looked at
     if size > BLOCK:
         low, high = tl.full((), _HIGHEST, tl.int64), tl.full((), _LOWEST, tl.int64)
         at_low, at_high = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)  # how many rank from low, above high
         for start in range(0, size, BLOCK):
-            rank, _, _, _ = _ranked(state, list_ptr, start, size, COUNTED, NEAR, BLOCK)
+            rank, _, _, _ = _ranked(state, list_ptr, start, size, counted, is_near, BLOCK)
             low = tl.minimum(low, tl.min(tl.where(rank > _LOWEST, rank, _HIGHEST), 0))
             high = tl.maximum(high, tl.max(rank, 0))
             at_low += tl.sum((rank > _LOWEST).to(tl.int32), 0)
@@ -249,7 +257,7 @@ def _border(state, list_ptr, work_ptr, size, needed, COUNTED: tl.constexpr, NEAR
             middle = _middle(low, high)
             mass, count = tl.full((), 0, tl.int64), tl.full((), 0, tl.int32)
             for start in range(0, size, BLOCK):
-                rank, weight, _, _ = _ranked(state, list_ptr, start, size, COUNTED, NEAR, BLOCK)
+                rank, weight, _, _ = _ranked(state, list_ptr, start, size, counted, is_near, BLOCK)
                 mass += tl.sum(tl.where(rank >= middle, weight, 0), 0)
                 count += tl.sum((rank >= middle).to(tl.int32), 0)
             if mass >= needed:
@@ -259,13 +267,13 @@ def _border(state, list_ptr, work_ptr, size, needed, COUNTED: tl.constexpr, NEAR
         filled = tl.full((), 0, tl.int32)
         tl.debug_barrier()  # all threads have read what an earlier search left there
         for start in range(0, size, BLOCK):
-            rank, _, _, ids = _ranked(state, list_ptr, start, size, COUNTED, NEAR, BLOCK)
+            rank, _, _, ids = _ranked(state, list_ptr, start, size, counted, is_near, BLOCK)
             taken = ((rank >= low) & (rank <= high)).to(tl.int32)
             tl.store(work_ptr + filled + tl.cumsum(taken, 0) - 1, ids, mask=taken != 0)
             filled += tl.sum(taken, 0)
         tl.debug_barrier()  # each thread reads what others have written
         list_ptr, size = work_ptr, filled
-    rank, weight, _, _ = _ranked(state, list_ptr, 0, size, COUNTED, NEAR, BLOCK)
+    rank, weight, _, _ = _ranked(state, list_ptr, 0, size, counted, is_near, BLOCK)
     low, high = tl.min(tl.where(rank > _LOWEST, rank, _HIGHEST), 0), tl.max(rank, 0)
     while low < high:
         middle = (low | high) - ((low ^ high) >> 1)  # rounded up
@@ -282,12 +290,11 @@ def _middle(low, high):
 
 
 @triton.jit
-def _sums(state, list_ptr, size, near, BLOCK: tl.constexpr):
-    """Of the tokens that are left and rank, by nearness, no lower than ``near``: mass, sum of y times mass."""
+def _sums(state, list_ptr, size, BLOCK: tl.constexpr):
+    """Of what is left, the mass and the sum of y times mass."""
     total, scaled = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
     for start in range(0, size, BLOCK):
-        rank, mass, y, _ = _ranked(state, list_ptr, start, size, False, True, BLOCK)
-        mass = tl.where(rank >= near, mass, 0)
+        _, mass, y, _ = _ranked(state, list_ptr, start, size, False, False, BLOCK)
         total += tl.sum(mass, 0)
         product = y.to(tl.float64) * mass.to(tl.float64)  # exact: both have 24 bits
         scaled += tl.sum(((product + 6755399441055744.0) - 6755399441055744.0).to(tl.int64), 0)  # ties to even
@@ -295,12 +302,11 @@ def _sums(state, list_ptr, size, near, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _drawn(state, list_ptr, size, near, target, BLOCK: tl.constexpr):
-    """Of the same tokens, the first whose mass, with those before it, exceeds ``target``."""
+def _drawn(state, list_ptr, size, target, BLOCK: tl.constexpr):
+    """Of what is left, the first token whose mass, with that of all before it, exceeds ``target``."""
     token, start = tl.full((), _NONE, tl.int32), tl.full((), 0, tl.int32)
     while (token == _NONE) & (start < size):
-        rank, mass, _, ids = _ranked(state, list_ptr, start, size, False, True, BLOCK)
-        mass = tl.where(rank >= near, mass, 0)
+        _, mass, _, ids = _ranked(state, list_ptr, start, size, False, False, BLOCK)
         token = _first_beyond(ids, mass, target)
         target -= tl.sum(mass, 0)
         start += BLOCK
@@ -313,24 +319,21 @@ def _first_beyond(ids, mass, target):
 
 
 @triton.jit
-def _ranked(state, list_ptr, start, size, COUNTED: tl.constexpr, NEAR: tl.constexpr, BLOCK: tl.constexpr):
+def _ranked(state, list_ptr, start, size, counted, is_near, BLOCK: tl.constexpr):
     """Of the list's tokens from ``start``: rank, weight, y, id. Those that are not left rank and weigh least.
 
-    They rank by logit, NEAR by how near their y is to ``mean``. COUNTED: each weighs 1.
+    They rank by logit, or if ``is_near``, by how near y is to the mean. If ``counted``, each weighs 1.
     """
-    logits_ptr, peak, scale, border, least, mean = state
+    logits_ptr, peak, scale, border, least, near, mean = state
     at = start + tl.arange(0, BLOCK)
     ids = tl.load(list_ptr + at, mask=at < size, other=0)
     x = tl.load(logits_ptr + ids, mask=at < size, other=float("-inf"))
-    y, mass = _weights(x, peak, scale)
-    weight = mass.to(tl.int64)
-    rank = _rank(x, ids)
-    left = (at < size) & (rank >= border) & (weight >= least)
-    if NEAR:
-        rank = _rank(-tl.abs(y - mean), ids)
-    if COUNTED:
-        weight = tl.full((BLOCK,), 1, tl.int64)
-    return tl.where(left, rank, _LOWEST), tl.where(left, weight, 0), y, ids
+    y, weight = _weights(x, peak, scale)
+    mass = weight.to(tl.int64)
+    by_logit, by_nearness = _rank(x, ids), _rank(-tl.abs(y - mean), ids)
+    left = (at < size) & (by_logit >= border) & (mass >= least) & (by_nearness >= near)
+    rank = tl.where(is_near, by_nearness, by_logit)
+    return tl.where(left, rank, _LOWEST), tl.where(left, tl.where(counted, 1, mass), 0), y, ids
 
 
 @triton.jit
@@ -380,7 +383,7 @@ def _level(index):
 
 @triton.jit
 def _least_level(row_ptr, top_k, top_p, least, vocab, num_chunks, CHUNKS: tl.constexpr):
-    """A level that all tokens reach that the first of the filters might leave, how many do, mass of the row."""
+    """A level that all tokens reach that the first of the filters might leave, how many do, and the mass of the row."""
     chunks, level = tl.arange(0, CHUNKS), tl.arange(0, _LEVELS)
     at = row_ptr + num_chunks * 2 + chunks[:, None] * _LEVELS + level[None, :]
     valid = chunks < num_chunks
