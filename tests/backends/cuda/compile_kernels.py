@@ -34,7 +34,7 @@ _launched: dict[str, tuple[JITFunction, ASTSource, dict[str, Any]]] = {}
 
 
 def _record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
-    """In place of a launch. Integers of 1 are constants to Triton; it knows of pointers and integers that 16 divides."""
+    """In place of a launch. Integers of 1 are constants to Triton; of others, and pointers, it knows if 16 divides."""
     values = dict(zip(kernel.arg_names, args, strict=False)) | {n: v for n, v in named.items() if n in kernel.arg_names}
     signature, constants, attrs = {}, {}, {}
     for index, (param, name) in enumerate(zip(kernel.params, kernel.arg_names, strict=True)):

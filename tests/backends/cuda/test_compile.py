@@ -1,4 +1,4 @@
-"""Every kernel compiles for GPUs: the interpreter, in which the other tests run, lets much pass that a compiler refuses."""
+"""Every kernel compiles for GPUs: the interpreter of the other tests lets much pass that a compiler refuses."""
 
 from __future__ import annotations
 

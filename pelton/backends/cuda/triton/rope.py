@@ -93,8 +93,8 @@ def _rope_kernel(
     turns = table_ptr  # None without pairs
     if PAIRS > 0:
         turns += tl.load(positions_ptr + token).to(tl.int64) * (2 * PAIRS)
-    if Q_HEADS > 0:  # a constant: without query heads, what follows is not compiled
-        if group < q_groups:  # noqa: SIM102
+    if Q_HEADS > 0:  # noqa: SIM102 - a constant: without query heads, what follows is not compiled
+        if group < q_groups:
             head = group * HEADS + tl.arange(0, HEADS)[:, None]
             _rotate_heads(
                 out_ptr + token * out_stride, HEAD_DIM, q_ptr + token * q_stride, turns, head, Q_HEADS,
