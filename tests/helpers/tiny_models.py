@@ -64,12 +64,14 @@ def temporary_folder(prefix: str) -> Path:
 
 
 @functools.cache
-def tiny_checkpoint(family: str, dtype: str = "float32") -> tuple[Path, Any]:
-    """(folder with config.json and safetensors, the transformers model in eval mode)."""
+def tiny_checkpoint(family: str, dtype: str = "float32", layers: int | None = None) -> tuple[Path, Any]:
+    """(folder with config.json and safetensors, the transformers model in eval mode). layers: None: the family's."""
     import torch
     import transformers
 
     config_class, model_class, fields = FAMILIES[family]
+    if layers is not None:
+        fields = fields | {"num_hidden_layers": layers}
     config = getattr(transformers, config_class)(**fields)
     config._attn_implementation = "eager"  # soft-caps and windows exactly as written
     torch.manual_seed(len(family))

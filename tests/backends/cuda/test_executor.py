@@ -13,10 +13,10 @@ from pelton.config import SamplingParams
 from pelton.engine.sampling import HostSampler
 from tests.backends.cuda.executors import HostCapture, executor
 from tests.helpers.families import Sequences, tolerance
-from tests.helpers.tiny_models import FAMILIES, oracle_logits, tiny_checkpoint
+from tests.helpers.tiny_models import oracle_logits, tiny_checkpoint
 
-#: One of each kind of attention, norm and position; the ops have tests of their own.
-SOME = ("llama", "gemma2", "gpt2", "bloom", "qwen3")
+#: One of each kind of attention, norm and position, and as many layers as it has kinds of.
+SOME = {"llama": 1, "gemma2": 2, "gpt2": 1, "bloom": 1, "qwen3": 1}
 
 
 def ids(count: int, seed: int = 0) -> list[int]:
@@ -25,12 +25,12 @@ def ids(count: int, seed: int = 0) -> list[int]:
 
 @pytest.mark.parametrize("family", SOME)
 def test_chunks_decodes_and_company_give_the_oracles_logits(family: str) -> None:
-    folder, model = tiny_checkpoint(family)
+    folder, model = tiny_checkpoint(family, layers=SOME[family])
     a, b = ids(30), ids(12, 1)
     want_a, want_b = oracle_logits(model, a), oracle_logits(model, b)
     run = executor(folder, max_num_seqs=4)
     sequences = Sequences(run)
-    limit = tolerance(80 * FAMILIES[family][2].get("num_hidden_layers", 3)) * np.abs(want_a).max()
+    limit = tolerance(240) * np.abs(want_a).max()
     for step, rows in (
         ({"a": a[:19]}, [want_a[18]]),
         ({"a": a[19:20], "b": b[:7]}, [want_a[19], want_b[6]]),  # a decode beside a prompt
@@ -44,7 +44,7 @@ def test_chunks_decodes_and_company_give_the_oracles_logits(family: str) -> None
 
 
 def test_a_batch_uses_the_smallest_graph_that_holds_it() -> None:
-    folder, _ = tiny_checkpoint("llama")
+    folder, _ = tiny_checkpoint("llama", layers=1)
     run = executor(folder, max_num_seqs=6)
     assert graphs.buckets_for(6) == [1, 2, 4, 6]
     assert graphs.buckets_for(64) == [1, 2, 4, 8, 12, 16, 24, 32, 48, 64]
@@ -71,7 +71,7 @@ def test_a_batch_uses_the_smallest_graph_that_holds_it() -> None:
 
 
 def test_16_bit_types_are_near_the_oracle() -> None:
-    folder, model = tiny_checkpoint("llama")
+    folder, model = tiny_checkpoint("llama", layers=1)
     token_ids = ids(24)
     want = oracle_logits(model, token_ids)
     for dtype, eps in (("bf16", 2.0**-8), ("f16", 2.0**-11)):
@@ -80,7 +80,7 @@ def test_16_bit_types_are_near_the_oracle() -> None:
         sequences = Sequences(run)
         got = [sequences.step(a=token_ids[:23])[0], sequences.step(a=token_ids[23:])[0]]
         # Of each layer, a handful of roundings of operands of about the size of what they are added to; they average
-        # out over sums. Twelve steps of relative error eps, at random, in three layers.
+        # out over sums. Some thirty steps of relative error eps, at random.
         error = max(np.abs(g - w).max() for g, w in zip(got, want[22:], strict=True))
         assert error <= 6 * eps * np.abs(want).max()
         run.close()
@@ -134,18 +134,18 @@ HOST = {
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("params", [PARAMS, PARAMS | HOST], ids=["device", "host"])
 def test_tokens_are_those_of_the_host_sampler(params: dict[str, SamplingParams], ahead: bool) -> None:
-    folder, _ = tiny_checkpoint("llama")
+    folder, _ = tiny_checkpoint("llama", layers=1)
     prompts = {name: ids(4 + i, i) for i, name in enumerate(params)}
     run = executor(folder)
     decoder = Decoder(run)
     decoder.specs = {n: SampleSpec(p, prompts[n], [], p.seed or 0) for n, p in params.items()}
-    got = decoder.generate(prompts, 6, ahead=ahead)
+    got = decoder.generate(prompts, 4, ahead=ahead)
     # The same by hand: logits of the executor, tokens of the definition.
     other = Decoder(run)
     other.sequences.free = list(range(40, 64))
     other.specs = {n: SampleSpec(p, prompts[n], [], p.seed or 0) for n, p in params.items()}
     step = prompts
-    for _ in range(6):
+    for _ in range(4):
         logits = run.logits(Batch(tuple(other.scheduled(n, t) for n, t in step.items())))
         tokens = HostSampler()(logits, list(other.specs.values()))
         step = {n: [t.token_id] for n, t in zip(params, tokens, strict=True)}
@@ -155,7 +155,7 @@ def test_tokens_are_those_of_the_host_sampler(params: dict[str, SamplingParams],
 
 
 def test_broken_logits_fail_their_request_alone() -> None:
-    folder, _ = tiny_checkpoint("llama")
+    folder, _ = tiny_checkpoint("llama", layers=1)
     run = executor(folder)
     decoder = Decoder(run)
     decoder.specs = {n: SampleSpec(PARAMS["greedy"], (), [], 0) for n in "ab"}
@@ -168,7 +168,7 @@ def test_broken_logits_fail_their_request_alone() -> None:
 
 
 def test_blocks_are_copied_read_and_written() -> None:
-    folder, model = tiny_checkpoint("llama")
+    folder, model = tiny_checkpoint("llama", layers=1)
     token_ids = ids(20)
     want = oracle_logits(model, token_ids)[-1]
     run = executor(folder)
@@ -187,7 +187,7 @@ def test_blocks_are_copied_read_and_written() -> None:
 
 
 def test_hidden_states_and_prompt_logprobs_come_to_the_host() -> None:
-    folder, model = tiny_checkpoint("llama")
+    folder, model = tiny_checkpoint("llama", layers=1)
     token_ids = ids(9)
     run = executor(folder, max_num_seqs=12)
     logits = oracle_logits(model, token_ids).astype(np.float64)
@@ -209,7 +209,7 @@ def test_hidden_states_and_prompt_logprobs_come_to_the_host() -> None:
 
 
 def test_a_step_that_fails_takes_the_one_behind_it_with_it() -> None:
-    folder, _ = tiny_checkpoint("llama")
+    folder, _ = tiny_checkpoint("llama", layers=1)
     run = executor(folder, graphs=False)
     decoder = Decoder(run)
     decoder.specs = {"a": SampleSpec(SamplingParams(temperature=0.0, logprobs=1), (), [], 0)}
@@ -225,7 +225,7 @@ def test_a_step_that_fails_takes_the_one_behind_it_with_it() -> None:
 
 
 def test_recorded_steps_are_replayed_not_run_anew() -> None:
-    folder, _ = tiny_checkpoint("llama")
+    folder, _ = tiny_checkpoint("llama", layers=1)
     run = executor(folder)
     if isinstance(run._capture, type) and issubclass(run._capture, HostCapture):
         frames = []

@@ -31,13 +31,20 @@ def answers(folder: Any, **options: Any) -> list[list[int]]:
 
 
 def test_tokens_are_those_of_the_cpu() -> None:
-    folder, _ = tiny_checkpoint("llama")
+    folder, _ = tiny_checkpoint("llama", layers=1)
     assert answers(folder, device="cuda") == answers(folder, device="cpu", packed_cache=False)
 
 
 def test_a_llm_knows_its_peaks_and_what_it_used() -> None:
-    folder, _ = tiny_checkpoint("gpt2", "bfloat16")
-    with LLM(str(folder), device="cuda", enforce_eager=True, max_num_seqs=2, kv_cache_memory=1 << 20) as llm:
+    folder, _ = tiny_checkpoint("gpt2", "bfloat16", layers=1)
+    with LLM(
+        str(folder),
+        device="cuda",
+        enforce_eager=True,
+        max_num_seqs=2,
+        max_num_batched_tokens=16,
+        kv_cache_memory=1 << 20,
+    ) as llm:
         llm.generate([PROMPTS[1]], SamplingParams(temperature=0.0, max_tokens=2))
         stats = llm.get_stats()
         assert stats.seconds > 0 and stats.bytes > 0
@@ -55,7 +62,7 @@ def test_a_llm_knows_its_peaks_and_what_it_used() -> None:
     ],
 )
 def test_what_is_refused(options: dict[str, Any], line: str) -> None:
-    folder, _ = tiny_checkpoint("llama")
+    folder, _ = tiny_checkpoint("llama", layers=1)
     with pytest.raises(PeltonError) as error:
         plan(EngineConfig(**({"model": str(folder), "device": "cuda"} | options)))
     assert line in str(error.value)
@@ -65,41 +72,43 @@ def test_a_machine_without_a_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> 
     if DEVICE.type == "cuda":
         pytest.skip("there is one")
     monkeypatch.delenv("PELTON_CUDA_DEVICE")
-    folder, _ = tiny_checkpoint("llama")
+    folder, _ = tiny_checkpoint("llama", layers=1)
     with pytest.raises(PeltonError, match=r"built without CUDA|no NVIDIA GPU"):
         plan(EngineConfig(model=str(folder), device="cuda"))
 
 
 def test_without_torch_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    folder, _ = tiny_checkpoint("llama")
+    folder, _ = tiny_checkpoint("llama", layers=1)
     with pytest.raises(PeltonError, match=r"needs torch and triton; pip install 'pelton\[cuda\]'"):
         plan(EngineConfig(model=str(folder), device="cuda"))
 
 
 def test_the_ledger_refuses_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Device, "available", lambda self, share: int(share * (1 << 20)))
-    folder, _ = tiny_checkpoint("llama")
+    folder, _ = tiny_checkpoint("llama", layers=1)
     with pytest.raises(OutOfMemoryError, match=r"KiB are free on .*dtype='bf16' takes half .* such GPUs"):
         build(EngineConfig(model=str(folder), device="cuda"))
 
 
 def test_the_kv_cache_gets_what_the_largest_step_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, _ = tiny_checkpoint("llama")
-    readings = iter([8 << 30, 1 << 20, 1 << 20])  # the plan's, then what there was when a step had run
+    folder, _ = tiny_checkpoint("llama", layers=1)
+    readings = iter([8 << 30, 1 << 18, 1 << 18])  # the plan's, then what there was when a step had run
     monkeypatch.setattr(Device, "available", lambda self, share: next(readings))
-    built = build(EngineConfig(model=str(folder), device="cuda", max_num_seqs=400, max_num_batched_tokens=400))
+    built = build(EngineConfig(model=str(folder), device="cuda", max_num_seqs=8, max_num_batched_tokens=16))
     spec = built.executor.kv_spec
-    assert built.plan.kv_spec.num_blocks == 400 * 16  # every sequence at full length
-    assert spec.num_blocks == (1 << 20) // spec.bytes_per_block and spec.max_model_len == 256
+    assert built.plan.kv_spec.num_blocks == 8 * 16  # every sequence at full length
+    assert spec.num_blocks == (1 << 18) // spec.bytes_per_block and spec.max_model_len == 256
     built.close()
 
 
 def test_a_context_that_no_longer_fits_is_refused() -> None:
-    backend: Any = SimpleNamespace(available=lambda: 1 << 16, __class__=CudaBackend)
-    folder, _ = tiny_checkpoint("llama")
-    config = EngineConfig(model=str(folder), device="cuda", max_model_len=256, max_num_seqs=2)
+    backend: Any = SimpleNamespace(available=lambda: 1 << 14, __class__=CudaBackend)
+    folder, _ = tiny_checkpoint("llama", layers=1)
+    config = EngineConfig(
+        model=str(folder), device="cuda", max_model_len=256, max_num_seqs=2, max_num_batched_tokens=16
+    )
     built = build(config)
-    with pytest.raises(OutOfMemoryError, match="max_model_len=160 would fit"):
+    with pytest.raises(OutOfMemoryError, match="max_model_len=128 would fit"):
         CudaBackend.settle(backend, [built.executor], config)
     built.close()
