@@ -394,7 +394,11 @@ class LLMEngine:
         self.profile_next = False
         profile = getattr(self._executor, "profile", None)  # not every backend has it
         if profile is not None:
-            self.profile = profile(planned.batch)
+            try:
+                self.profile = profile(planned.batch)
+            except BaseException:
+                self._state.roll_back(planned)
+                raise
 
     def _submit(self, planned: Schedule) -> _Flight:
         try:

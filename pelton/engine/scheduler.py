@@ -559,7 +559,11 @@ def _compose(state: SchedulerState, policy: Policy, now: float) -> _Step:
 def schedule_ahead(state: SchedulerState, policy: Policy, now: float) -> Schedule | None:
     """The step after the one that runs; None if that cannot be decided before the one that runs is collected."""
     if state.waiting:
-        return None
+        first = state.first_waiting()
+        has_seat = len(state.running) < policy.max_num_seqs
+        # Who waits cannot come in before the running step ends, unless there is a seat, or one to take from another.
+        if first is None or has_seat or state.last_running().request.priority > first.request.priority:
+            return None
     running = state.running.values()
     for sequence in running:
         # Without a token on its way it computes a prompt: what comes in beside such a long step shall not wait for one

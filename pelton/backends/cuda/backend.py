@@ -20,6 +20,8 @@ from ..cpu.sampler import NativeSampler
 #: What libraries take for themselves when a model runs: workspaces of cuBLAS, kernels, recorded graphs. An estimate,
 #: which the largest step puts right before the KV cache is made.
 _RUNTIME_BYTES = 1 << 30
+#: Of that, what is still to come when the KV cache is made: recorded graphs, workspaces of other threads.
+_RESERVE = 256 << 20
 
 
 def _require_packages() -> None:
@@ -115,7 +117,7 @@ class CudaBackend:
         spec = mine[-1].kv_spec
         bytes_per_block = sum(e.kv_spec.bytes_per_block for e in mine)
         # The ledger's number of blocks, unless what is left by now holds fewer.
-        num_blocks = min(spec.num_blocks, self.available() // bytes_per_block)
+        num_blocks = min(spec.num_blocks, max(0, self.available() - _RESERVE) // bytes_per_block)
         length = min(spec.max_model_len, num_blocks * spec.block_size)
         if num_blocks < 1 or (config.max_model_len is not None and length < config.max_model_len):
             remedy = f"max_model_len={length} would fit" if length else "raise gpu_memory_utilization"

@@ -17,6 +17,9 @@ class Device:
 
     def __init__(self, torch_device: torch.device) -> None:
         self.torch_device = torch_device
+        # Sums in float32, also where cuBLAS splits them up. The setting is the process's.
+        matmul = torch.backends.cuda.matmul
+        matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
         self.is_cuda = torch_device.type == "cuda"
         self.stream = torch.cuda.Stream(torch_device) if self.is_cuda else None
         #: Streaming multiprocessors; what runs in the interpreter has no use for more than one.

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ...graph import DType
-from ...program import Program
+from ...program import Program, View
 from ...program.weights import Reader
 from ..base import Batch, KVSpec, SampledToken, Sampler, StepOutput, StepProfile, StepStats
 from ..host import AdapterPart, BatchExecutor, check_blocks
@@ -85,6 +84,7 @@ class CudaExecutor(BatchExecutor):
             self._launches = lowering.launches()
         rows = program.limits["L"]
         self._landing = [torch.zeros(rows, 2, dtype=torch.int32, pin_memory=device.is_cuda) for _ in range(2)]
+        self._fetched_rows: dict[View, torch.Tensor] = {}  # where logits and hidden states land that the host wants
         self._words = SamplingWords(program.limits["S"])
         self._flights: list[_Step] = []
         self._sampled: dict[str, int] = {}  # the last tokens that the host has sampled
@@ -123,6 +123,8 @@ class CudaExecutor(BatchExecutor):
             frame = self._memory.frame(sizes)
             self._forward(frame)
             self._sample_on_device(frame)
+            self._send_padding(limits["S"])
+            self._run_decode(limits["S"])
             self._device.synchronize()
 
     def allocate(self, kv_spec: KVSpec) -> None:
@@ -131,8 +133,14 @@ class CudaExecutor(BatchExecutor):
         with self._device.active():
             self._new_caches(kv_spec.num_blocks)
             if self._capture is not None:
-                self._graphs = Graphs(self.program.limits["S"], self._run_decode, self._capture(self._device))
+                capture = self._capture(self._device)
+                self._graphs = Graphs(self.program.limits["S"], self._send_padding, self._run_decode, capture)
             self._device.synchronize()
+
+    def _send_padding(self, bucket: int) -> None:
+        """Inputs of a decode step without sequences: what earlier steps left means nothing in another layout."""
+        nothing = {"block_table": np.zeros((1, 1), np.int32)}
+        self._memory.inputs.write(Sizes.decode(bucket), padded(nothing, bucket))
 
     def _run_decode(self, bucket: int) -> None:
         frame = self._memory.frame(Sizes.decode(bucket))
@@ -195,12 +203,23 @@ class CudaExecutor(BatchExecutor):
         stats = tuple(cost.stats(inputs.shape, after.seconds_since(before)) for cost, (before, after) in calls)
         return StepProfile(marks[-1].seconds_since(marks[0]), stats)
 
-    def _fetched(self, view: Any, count: int) -> npt.NDArray[np.float32]:
+    def _fetched(self, view: View, count: int) -> npt.NDArray[np.float32]:
         """Rows of a buffer of the step that ran last, on the host."""
-        rows = self._memory.first(view, count)
         with self._device.active():
-            host: npt.NDArray[np.float32] = rows.float().cpu().numpy()
-        return host
+            rows = self._memory.first(view, count).float()
+            host = self._host_rows(view)[:count]
+            host.copy_(rows, non_blocking=True)
+            self._device.synchronize()
+        array: npt.NDArray[np.float32] = host.numpy()
+        return array
+
+    def _host_rows(self, view: View) -> torch.Tensor:
+        """float32 in pinned memory, as large as the view ever is; taken when first needed."""
+        if view not in self._fetched_rows:
+            rows = self.program.limits[self.program.buffers[view.buffer].rows]
+            pinned = self._device.is_cuda
+            self._fetched_rows[view] = torch.empty(rows, view.cols, dtype=torch.float32, pin_memory=pinned)
+        return self._fetched_rows[view]
 
     def _run(self, inputs: StepInputs) -> tuple[npt.NDArray[np.float32], float]:
         with self._device.active():
@@ -222,7 +241,13 @@ class CudaExecutor(BatchExecutor):
         step = _Step(self._next_ticket, batch, inputs, self._words.of(batch), stats)
         before = self._flights[-1] if self._flights else None
         if before is None or (before.begin is not None and before.words is not None):
-            self._begin_step(step)
+            rows = self._rows
+            try:
+                self._begin_step(step)
+            except BaseException:
+                self._rows = rows
+                self._device.synchronize()  # all copies of inputs on the host are free again
+                raise
         self._flights.append(step)
         return step.ticket
 
@@ -243,7 +268,8 @@ class CudaExecutor(BatchExecutor):
             if step.words is not None:
                 self._rows = _last_rows(step.batch)
                 count = step.inputs.shape.num_logits
-                step.tokens = self._landing[step.ticket % 2][:count]
+                self._landing.reverse()  # the other one may belong to the step before
+                step.tokens = self._landing[0][:count]
                 step.tokens.copy_(self._memory.sampled[:count], non_blocking=True)
             step.end = self._device.mark()
 
@@ -306,12 +332,13 @@ class CudaExecutor(BatchExecutor):
             self._tables[index].write(slot, parts)
 
     def close(self) -> None:
-        self._device.synchronize()
-        self._flights.clear()
-        self._launches.clear()
-        self._tables.clear()
-        self._caches.clear()
-        self._graphs = None
+        try:
+            self._device.synchronize()
+        finally:  # an error of the device must not keep its memory
+            self._graphs = None
+            for held in (self._flights, self._launches, self._tables, self._caches, self._landing, self._fetched_rows):
+                held.clear()
+            self._memory = None  # type: ignore[assignment]
 
 
 def _bytes_of(cache: torch.Tensor) -> torch.Tensor:
@@ -333,6 +360,8 @@ def _sampled_output(batch: Batch, words: npt.NDArray[np.int32], stats: StepStats
     """What the device sampled. words [L, 2]: a token, and the bits of the largest logit, not finite in a broken row."""
     token_ids: list[int] = words[:, 0].tolist()
     peaks = words[:, 1].view(np.float32) if len(words) else np.zeros(0, np.float32)
+    if np.isfinite(peaks).all() and all(s.num_logits == 1 for s in batch.sequences):  # as a rule
+        return StepOutput(tuple([(SampledToken(token),) for token in token_ids]), stats)
     tokens: list[Sequence[SampledToken]] = []
     failures: dict[int, str] = {}
     end = 0

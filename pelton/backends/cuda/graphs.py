@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -21,12 +22,19 @@ def buckets_for(max_num_seqs: int) -> list[int]:
 
 
 class Graphs:
-    """A recorded step per bucket. run(bucket) makes and runs such a step, in memory that stays where it is."""
+    """A recorded step per bucket.
 
-    def __init__(self, max_num_seqs: int, run: Callable[[int], None], capture: Capture) -> None:
+    prepare(bucket) sends inputs that such a step can run on, run(bucket) runs it, in memory that stays where it is.
+    """
+
+    def __init__(
+        self, max_num_seqs: int, prepare: Callable[[int], None], run: Callable[[int], None], capture: Capture
+    ) -> None:
         self._buckets = buckets_for(max_num_seqs)
-        # The largest first: what kernels take for themselves then fits the others, too.
-        self._replays = {n: capture(lambda n=n: run(n)) for n in reversed(self._buckets)}  # type: ignore[misc]
+        self._replays: dict[int, Callable[[], None]] = {}
+        for bucket in reversed(self._buckets):  # the largest first: the memory it takes serves the others
+            prepare(bucket)
+            self._replays[bucket] = capture(partial(run, bucket))
 
     def bucket(self, num_seqs: int) -> int:
         """The smallest bucket that holds so many sequences."""

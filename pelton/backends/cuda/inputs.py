@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -61,11 +63,12 @@ class Sizes:
         }
 
 
+@lru_cache(maxsize=256)  # decode steps have few sizes
 def layout(sizes: Sizes) -> tuple[dict[str, slice], int]:
     """Where each input lies, and where the block table begins: in words."""
     places, at = {}, 0
     for name, shape in sizes.shapes().items():
-        count = int(np.prod(shape))
+        count = math.prod(shape)
         places[name] = slice(at, at + count)
         at += -(-count // _ALIGN) * _ALIGN
     return places, at
@@ -91,7 +94,8 @@ class DeviceInputs:
     def views(self, sizes: Sizes) -> dict[str, torch.Tensor]:
         """The inputs of steps of this size on the device; the block table is flat and has no end."""
         places, end = layout(sizes)
-        views = {name: self.words[place].view(sizes.shapes()[name]) for name, place in places.items()}
+        shapes = sizes.shapes()
+        views = {name: self.words[place].view(shapes[name]) for name, place in places.items()}
         views["block_table"] = self.words[end:]
         return views
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -16,6 +16,10 @@ from .triton.attention import choose_splits, decode_workspace_size, prefill_tile
 from .triton.sampling import scratch_words
 
 TORCH_TYPES: dict[DType, torch.dtype] = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+
+
+#: Address, type, columns, distance of rows, and the step dimension that counts the rows.
+_Place: TypeAlias = "tuple[int, torch.dtype, int, int, str]"
 
 
 class Rows(NamedTuple):
@@ -59,14 +63,14 @@ class Heads:
         Raises:
             ValueError: layers differ, so that one list of tiles does not serve all.
         """
-        found = {cls(1, 1, 1, F32)}
+        found = set()
         for call in program.calls:
             if call.kernel == "attention":
                 cache = program.caches[next(o.index for o in call.operands if isinstance(o, CacheRef))]
                 found.add(cls(call.params["num_heads"], cache.num_kv_heads, cache.head_dim, cache.dtype))
-        if len(found) > 2:
+        if len(found) > 1:
             raise ValueError("attention layers of different shapes")
-        return max(found, key=lambda heads: heads.num_heads)
+        return found.pop() if found else cls(1, 1, 1, F32)
 
     def tiles(self, query_lens: Sequence[int], seq_lens: Sequence[int]) -> Ints:
         """The pieces that prefill attention works on."""
@@ -96,12 +100,16 @@ class StepMemory:
         most = Sizes(tokens, sequences, rows, logits, sequences, tokens)
         self.inputs = DeviceInputs(on, most, sequences * max_blocks)
         self._arena = torch.zeros(max(program.arena_bytes, 1), dtype=torch.uint8, device=on)
-        self._buffers = {
-            rows_of(program, call, view): self._buffer(view)
-            for call in program.calls
-            for view in (*call.outputs, *call.operands)
-            if isinstance(view, View)
-        }
+        #: Layers work in the same places of the arena, one after the other: a place has one tensor in a frame.
+        self._places: dict[_Place, torch.Tensor] = {}
+        self._place_of: dict[Rows, _Place] = {}
+        for call in program.calls:
+            for view in (*call.outputs, *call.operands):
+                if isinstance(view, View):
+                    key, whole = rows_of(program, call, view), self._buffer(view)
+                    place = (whole.data_ptr(), whole.dtype, whole.shape[1], whole.stride(0), key.dim)
+                    self._place_of[key] = place
+                    self._places.setdefault(place, whole)
         self.workspace = torch.empty(self._workspace_size(sequences), dtype=torch.float32, device=on)
         #: Per row of logits: the token, and the bits of the largest logit.
         self.sampled = torch.zeros(logits, 2, dtype=torch.int32, device=on)
@@ -127,7 +135,8 @@ class StepMemory:
 
     def frame(self, sizes: Sizes) -> Frame:
         """The memory of a step of this size. Of equal sizes it is the same memory."""
-        tensors = {rows: whole[: sizes[rows.dim]] for rows, whole in self._buffers.items()}
+        parts = {place: whole[: sizes[place[-1]]] for place, whole in self._places.items()}
+        tensors = {rows: parts[place] for rows, place in self._place_of.items()}
         return Frame(sizes, tensors, self.inputs.views(sizes), self._num_splits(max(sizes.decodes, 1)))
 
     def first(self, view: View, count: int) -> torch.Tensor:

@@ -93,6 +93,7 @@ def test_the_ledger_refuses_before_anything_is_loaded(monkeypatch: pytest.Monkey
 
 def test_the_kv_cache_gets_what_the_largest_step_left(monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = tiny_checkpoint("llama", layers=1)
+    monkeypatch.setattr("pelton.backends.cuda.backend._RESERVE", 0)
     readings = iter([8 << 30, 1 << 18, 1 << 18])  # the plan's, then what there was when a step had run
     monkeypatch.setattr(Device, "available", lambda self, share: next(readings))
     built = build(EngineConfig(model=str(folder), device="cuda", max_num_seqs=8, max_num_batched_tokens=16))
@@ -102,7 +103,8 @@ def test_the_kv_cache_gets_what_the_largest_step_left(monkeypatch: pytest.Monkey
     built.close()
 
 
-def test_a_context_that_no_longer_fits_is_refused() -> None:
+def test_a_context_that_no_longer_fits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pelton.backends.cuda.backend._RESERVE", 0)
     backend: Any = SimpleNamespace(available=lambda: 1 << 14, __class__=CudaBackend)
     folder, _ = tiny_checkpoint("llama", layers=1)
     config = EngineConfig(
