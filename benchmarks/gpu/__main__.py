@@ -158,7 +158,7 @@ def _in_process(
     child = subprocess.Popen(
         [sys.executable, str(Path(__file__).resolve().with_name("run.py")), *arguments, "--child", name,
          "--file", str(file), "--seconds", str(seconds), "--work", str(args.work), *wheels],
-        cwd=args.work, env=install.environment(args.work), start_new_session=True,
+        cwd=args.work, env=install.environment(args.work), preexec_fn=os.setpgrp,
     )  # fmt: skip
 
     def read() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,12 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         **_IDS, "hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 3, "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 80, "vocab_size": 8000, "sliding_window": 48}),
 }  # fmt: skip
-_WIDTHS = ("hidden_size", "intermediate_size", "vocab_size", "n_embd")
+#: In place of these fields, where a config has them: for the interpreter.
+_SMALL = {
+    "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 3,
+    "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 128, "sliding_window": 5, "n_embd": 48, "n_head": 3,
+    "n_layer": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,24 +86,27 @@ class Checked:
             return model(ids, use_cache=False).logits[0].float().cpu().numpy()
 
 
-def make(family: str, narrower: int = 1) -> Checked:
-    """The weights that transformers draws hide mistakes, as norms of one and biases of zero do: noise is added.
-
-    narrower: widths are divided by this.
-    """
+def make(family: str, *, small: bool = False) -> Checked:
+    """The weights that transformers draws hide mistakes, as norms of one and biases of zero do: noise is added."""
     import torch
     import transformers
 
     config_class, model_class, given = FAMILIES[family]
-    fields: Mapping[str, Any] = {k: v // narrower if k in _WIDTHS else v for k, v in given.items()}
+    fields = {k: _SMALL.get(k, v) if small else v for k, v in given.items()}
+    transformers.utils.logging.disable_progress_bar()
     config = getattr(transformers, config_class)(**fields)
     config._attn_implementation = "eager"  # windows and soft-caps exactly as written
     torch.manual_seed(len(family))
     model = getattr(transformers, model_class)(config).eval()
     hidden = int(config.hidden_size)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else hidden**-0.5))
+        for name, parameter in model.named_parameters():
+            spread = 0.3 if parameter.ndim == 1 else 2 * hidden**-0.5
+            if parameter.ndim > 1 and ("embed" in name or "wte" in name):
+                # Where it is the output layer, too, a token would be followed by itself, whatever the layers say.
+                spread /= 8
+                parameter.mul_(0.1)
+            parameter.add_(torch.randn_like(parameter) * spread)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     terms = int(config.num_hidden_layers) * (2 * hidden + inner + hidden) + hidden
     return Checked(family, model.to(torch_device()), int(config.vocab_size), terms)

@@ -36,7 +36,7 @@ def run(part: Part) -> None:
     with tempfile.TemporaryDirectory(prefix="pelton-checks-") as folder:
         for family in families:
             part.check()
-            checked = make(family, part.scale.widths)
+            checked = make(family, small=part.scale.small)
             if family == families[0]:
                 _guarded(part, family, "sampling", lambda c=checked: _sampling(part, c, Path(folder)))  # type: ignore[misc]
             _guarded(part, family, "greedy, f32", lambda c=checked: _greedy(part, c, Path(folder)))  # type: ignore[misc]
@@ -73,7 +73,7 @@ def _prompts(part: Part, checked: Checked) -> list[list[int]]:
 
 def _options(part: Part, folder: Path, dtype: str) -> dict[str, Any]:
     return {
-        "model": str(folder), "dtype": dtype, "max_num_seqs": 8, "max_model_len": 512 if part.scale.widths == 1 else 64,
+        "model": str(folder), "dtype": dtype, "max_num_seqs": 8, "max_model_len": 64 if part.scale.small else 512,
         "max_num_batched_tokens": part.scale.check_chunk, "packed_cache": False, "kv_cache_memory": 1 << 28,
     }  # fmt: skip
 

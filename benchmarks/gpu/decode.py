@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from pelton.engine.stats import StepRecord
 
 
+#: Batches up to this size are run once before they are measured: larger ones take long, and a first call little of it.
+_WARM = 16
+
+
 @dataclass
 class Steps:
     """Sums over steps of one kind."""
@@ -173,8 +177,9 @@ def run_sweep(part: Part) -> None:
     scale = part.scale
     found = Utilization(Meter(part))
     prompt, output = scale.batch_prompt_len, scale.batch_output_len
+    # The cache has room for as many sequences of this length; they need a little more to be all admitted.
     limits: dict[str, Any] = {"max_num_seqs": max(scale.batches), "max_num_batched_tokens": scale.batch_chunk,
-                              "max_model_len": prompt + output, "async_scheduling": True}  # fmt: skip
+                              "max_model_len": prompt + output + 32, "async_scheduling": True}  # fmt: skip
     try:
         with loaded(part, **limits) as (built, config):
             replayed(part, built, config, requests(part, [(prompt, 4)] * max(scale.batches)))  # compiles kernels
@@ -184,7 +189,8 @@ def run_sweep(part: Part) -> None:
                 except RequestError as error:
                     part.say(f"batch {batch}: {error}")
                     break
-                replayed(part, built, config, requests(part, [(prompt, 2)] * batch))
+                if batch <= _WARM:
+                    replayed(part, built, config, requests(part, [(prompt, 2)] * batch))
                 done = replayed(part, built, config, requests(part, [(prompt, output)] * batch, seed=1))
                 decode = steady(done, batch)
                 found.row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .decode import requests
@@ -35,14 +36,15 @@ def run(part: Part) -> None:
 def _prefill(part: Part, built: Built, config: Any) -> None:
     from pelton.llm import engine_of
 
-    for measured in (False, True):
+    (asked,) = requests(part, [(part.scale.prompt_len, 1)])
+
+    def step() -> None:
         engine = engine_of(built, config)
-        (asked,) = requests(part, [(part.scale.prompt_len, 1)])
         engine.add_request("0", asked.prompt_token_ids, asked.params)
-        if measured:
-            part.row(step=f"prefill of {part.scale.prompt_len} tokens", **_kernels(part, lambda e=engine: e.step(), 1))
-        else:
-            engine.step()
+        engine.step()
+
+    step()
+    part.row(step=f"prefill of {part.scale.prompt_len} tokens", **_kernels(part, step, 1))
 
 
 def _decode(part: Part, built: Built, config: Any, batch: int, prompt: int, output: int) -> None:
@@ -58,38 +60,45 @@ def _decode(part: Part, built: Built, config: Any, batch: int, prompt: int, outp
         engine.step()
 
 
-def _kernels(part: Part, step: Any, count: int) -> Row:
+def _kernels(part: Part, step: Callable[[], object], count: int) -> Row:
     """Of ``count`` steps, per step: microseconds of wall time and of kernels, and of each of the longest."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import ProfilerActivity
 
     on_gpu = torch_device().type == "cuda"
-    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    # Recording what the host does slows it down; some versions see no kernels otherwise.
+    wall, spans = _recorded(step, count, [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU])
+    if not spans:
+        wall, spans = _recorded(step, count, [ProfilerActivity.CPU, ProfilerActivity.CUDA])
+    if not spans:
+        raise RuntimeError("the profiler saw no kernels")
+    sums: dict[str, tuple[float, int]] = {}
+    for name, begin, end in spans:
+        us, calls = sums.get(name, (0.0, 0))
+        sums[name] = (us + end - begin, calls + 1)
+    total = sum(us for us, _ in sums.values())
+    longest = sorted(sums.items(), key=lambda item: -item[1][0])[:_TOP]
+    rows = [
+        {"kernel": name[:100], "calls": calls / count, "us": us / count, "share": us / total}
+        for name, (us, calls) in longest
+    ]
+    for row in rows:
+        part.say(f"{100 * row['share']:5.1f}% {row['us']:9.1f} us {row['calls']:6.1f} × {row['kernel']}")
+    span = max(end for _, _, end in spans) - min(begin for _, begin, _ in spans)
+    return {"wall_us": 1e6 * wall / count, "kernels_us": total / count, "busy": total / span, "kernels": rows}
+
+
+def _recorded(step: Callable[[], object], count: int, activities: list[Any]) -> tuple[float, list[Any]]:
+    """Seconds of wall time, and (name, begin, end) in microseconds of what ran on the device."""
+    from torch.autograd import DeviceType
+    from torch.profiler import profile
+
+    kind = DeviceType.CUDA if torch_device().type == "cuda" else DeviceType.CPU
     synchronize()
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+    with profile(activities=activities) as profiler:
         start = time.perf_counter()
         for _ in range(count):
             step()
         synchronize()
         wall = time.perf_counter() - start
-    sums: dict[str, tuple[float, int]] = {}
-    begin, end = float("inf"), 0.0
-    for event in profiler.events():
-        if event.device_type != kind:
-            continue
-        span = event.time_range
-        seconds, calls = sums.get(event.name, (0.0, 0))
-        sums[event.name] = (seconds + span.elapsed_us(), calls + 1)
-        begin, end = min(begin, span.start), max(end, span.end)
-    total = sum(seconds for seconds, _ in sums.values())
-    longest = sorted(sums.items(), key=lambda item: -item[1][0])[:_TOP]
-    rows = [
-        {"kernel": name[:100], "calls": calls / count, "us": us / count, "share": us / total if total else 0.0}
-        for name, (us, calls) in longest
-    ]
-    for row in rows:
-        part.say(f"{100 * row['share']:5.1f}% {row['us']:9.1f} us {row['calls']:6.1f} × {row['kernel']}")
-    return {
-        "wall_us": 1e6 * wall / count, "kernels_us": total / count,
-        "busy": total / (end - begin) if end > begin else 0.0, "kernels": rows,
-    }  # fmt: skip
+    found = [(e.name, e.time_range.start, e.time_range.end) for e in profiler.events() if e.device_type == kind]
+    return wall, found

@@ -60,6 +60,7 @@ def loaded(part: Part, **options: Any) -> Iterator[tuple[Built, Any]]:
     config = EngineConfig(
         model="random weights", device="cuda", dtype=part.scale.dtype, enable_prefix_caching=False, **options
     )
+    empty_cache()
     checkpoint = random_checkpoint(part.scale.config)
     part.say(f"loading {part.scale.model}: {options}")
     with in_place_of_files(checkpoint):

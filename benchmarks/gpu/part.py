@@ -67,7 +67,8 @@ def shown(values: Mapping[str, Any]) -> str:
             return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.3e}"
         return str(value)
 
-    return ", ".join(f"{name} {text(value)}" for name, value in values.items() if not isinstance(value, (list, dict)))
+    short = {k: text(v) for k, v in values.items() if v is not None and not isinstance(v, (list, dict))}
+    return ", ".join(f"{name} {value}" for name, value in short.items() if "\n" not in value)
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -22,8 +22,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
     },
     "tiny": _LLAMA | {
-        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "max_position_embeddings": 256,
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 128, "max_position_embeddings": 256,
     },
 }  # fmt: skip
 
@@ -53,7 +53,7 @@ class Scale:
     matmul_size: int = 8192
     repeats: int = 20
     # Checks.
-    widths: int = 1  # configs are divided by this
+    small: bool = False  # models of one layer, some dozens wide
     prompt_lens: tuple[int, ...] = (1, 5, 33, 129, 300, 128)
     check_chunk: int = 128
     check_tokens: int = 64
@@ -68,9 +68,9 @@ class Scale:
 FULL = Scale()
 #: For the interpreter on a CPU, where a kernel takes milliseconds to seconds.
 TINY = Scale(
-    model="tiny", prompt_len=20, output_len=4, chunk=32, iterations=1,
-    batches=(1, 3), batch_prompt_len=8, batch_output_len=5, batch_chunk=32,
+    model="tiny", prompt_len=9, output_len=4, chunk=16, iterations=1,
+    batches=(1, 2), batch_prompt_len=5, batch_output_len=4, batch_chunk=16,
     seats=2, requests=3, longest=16,
     copy_bytes=(1 << 20,), matmul_size=64, repeats=2,
-    widths=8, prompt_lens=(3, 19), check_chunk=16, check_tokens=4, sampled_steps=2, families=("llama",),
+    small=True, prompt_lens=(3, 19), check_chunk=16, check_tokens=4, sampled_steps=2, families=("llama",),
 )  # fmt: skip
