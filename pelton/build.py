@@ -235,9 +235,9 @@ def _lowered(config: EngineConfig, checkpoint: Checkpoint, backend: Backend) -> 
         notes.append("f16 weights run as bf16, which rounds them to 8 bits; dtype='f32' keeps all 11")
     notes += _fallback_notes(config, graph)
     limits = {
-        "T": config.max_num_batched_tokens,
+        "T": config.step_tokens,
         "S": config.max_num_seqs,
-        "N": max_num_rows(config.max_num_seqs, config.num_speculative_tokens, config.max_num_batched_tokens),
+        "N": max_num_rows(config.max_num_seqs, config.num_speculative_tokens, config.step_tokens),
         "L": max_num_logits(config.max_num_seqs, config.num_speculative_tokens),
     }
     program = backend.lower(graph, limits, config.max_model_len or context)
@@ -492,7 +492,7 @@ def _has_tokenizer_files(folder: Path) -> bool:
 
 
 def _check(config: EngineConfig) -> None:
-    for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+    for name in ("max_num_seqs", "block_size"):
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise PeltonError(f"{name} is {value!r}", "give a whole number from 1")
@@ -502,7 +502,7 @@ def _check(config: EngineConfig) -> None:
             raise PeltonError(f"{name} is {value!r}", f"give a whole number from 1 to {most}")
     if not isinstance(config.enable_lora, bool):
         raise PeltonError(f"enable_lora is {config.enable_lora!r}", "give True or False")
-    for name in ("threads", "max_model_len", "kv_cache_memory"):
+    for name in ("max_num_batched_tokens", "threads", "max_model_len", "kv_cache_memory"):
         value = getattr(config, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise PeltonError(f"{name} is {value!r}", "give a whole number from 1, or leave it out")
@@ -531,9 +531,9 @@ def _check(config: EngineConfig) -> None:
         raise PeltonError(f"batching_delay is {delay!r}", "give seconds from 0 to 3600, or leave it out")
     if config.block_size % 16:
         raise PeltonError(f"block_size is {config.block_size}", "give a multiple of 16")
-    if config.max_num_batched_tokens < config.max_num_seqs:
+    if config.step_tokens < config.max_num_seqs:
         raise PeltonError(
-            f"max_num_batched_tokens {config.max_num_batched_tokens} is less than max_num_seqs {config.max_num_seqs}",
+            f"max_num_batched_tokens {config.step_tokens} is less than max_num_seqs {config.max_num_seqs}",
             "every running sequence needs one token per step: raise the first or lower the second",
         )
 

@@ -276,7 +276,7 @@ class EngineConfig:
     kv_cache_dtype: KVDType = "auto"  # auto: as the model, bf16 beside codes; int8, fp8: half of that
     max_model_len: int | None = None  # tokens; None: what the model allows and memory holds
     max_num_seqs: int = 64  # sequences in one step
-    max_num_batched_tokens: int = 1024  # tokens in one step: bounds the arena and a step's duration
+    max_num_batched_tokens: int | None = None  # tokens in one step: bounds arena and duration; None: ``step_tokens``
     capacity_policy: Literal["max_utilization", "guaranteed_no_evict"] = "max_utilization"  # preempt, or never
     batching: Literal["inflight", "dynamic", "static"] = "inflight"  # the others only to see the difference
     batching_delay: float | None = None  # seconds such a batch waits to fill; None: 0.05 dynamic, 1 static
@@ -304,6 +304,11 @@ class EngineConfig:
             object.__setattr__(self, name, _TORCH_NAMES.get(value, value))
         if self.speculative_model is not None and self.num_speculative_tokens == 0:
             object.__setattr__(self, "num_speculative_tokens", 4)
+
+    @property
+    def step_tokens(self) -> int:
+        """``max_num_batched_tokens``, or what suits the device: a GPU needs more to be busy."""
+        return self.max_num_batched_tokens or (4096 if self.device == "cuda" else 1024)
 
     @property
     def lora(self) -> tuple[int, int] | None:

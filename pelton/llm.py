@@ -500,7 +500,7 @@ def engine_of(parts: Parts, config: EngineConfig) -> LLMEngine:
     return LLMEngine(
         parts.executor,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=config.step_tokens,
         capacity_policy=config.capacity_policy,
         batching=config.batching,
         batching_delay=config.batching_delay,

@@ -281,7 +281,7 @@ def test_an_unknown_isa_in_the_environment(folder, monkeypatch):
 
 
 def test_too_little_memory_is_found_before_a_weight_is_read(folder, monkeypatch):
-    monkeypatch.setattr("pelton.build.available_memory", lambda: 1 << 20)
+    monkeypatch.setattr("pelton.backends.cpu.backend.available_memory", lambda: 1 << 20)
     monkeypatch.setattr("pelton.checkpoint.safetensors._read", lambda *_: pytest.fail("a weight was read"))
     refused("run", folder, *RUN, says="1.0 MiB are free")
 

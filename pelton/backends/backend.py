@@ -45,6 +45,11 @@ class Backend(Protocol):
     fuses_gates: bool
     half: str
 
+    @property
+    def device_name(self) -> str | None:
+        """Of the GPU; None on the CPU."""
+        ...
+
     def lower(self, graph: Graph, limits: Mapping[str, int], max_positions: int) -> Program: ...
 
     def sizes(self, graph: Graph, program: Program) -> Sizes:

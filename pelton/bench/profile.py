@@ -6,15 +6,17 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, cast
 
 import numpy as np
 
-from ..backends.base import Batch, SampleSpec, ScheduledSequence, StepProfile
-from ..backends.cpu.executor import CpuExecutor
+from ..backends.base import Batch, Executor, SampleSpec, ScheduledSequence, StepProfile
 from ..build import Built
 from ..config import SamplingParams
 from ..errors import PeltonError
-from .roofline import PeakMeter, Peaks
+from ..program import Program
+from .roofline import Peaks
+from .throughput import Meter, peak_meter
 
 _LEAST_REPEATS = 3
 _GREEDY = SamplingParams(temperature=0.0)
@@ -148,9 +150,9 @@ def profile(
     Raises:
         PeltonError: the model runs on no backend that can be profiled, or the KV cache is too small.
     """
-    executor = built.executor
-    if not isinstance(executor, CpuExecutor):
-        raise PeltonError("only the cpu backend can be profiled", "leave --device out")
+    executor, meter = cast(ProfiledExecutor, built.executor), peak_meter(built)
+    if meter is None:
+        raise PeltonError("this backend cannot be profiled", "choose --device cpu or cuda")
     need = batch_size * (max(prompt_len, *contexts) + 1)
     spec = executor.kv_spec
     if batch_size * -(-need // batch_size // spec.block_size) > spec.num_blocks:
@@ -159,7 +161,6 @@ def profile(
             "lower --batch-size, --prompt-len or --context",
         )
     runner = _Runner(executor, built.vocab_size, batch_size, max(prompt_len, *contexts) + 1)
-    meter = PeakMeter(built.plan.isa, built.plan.threads)
     limit = executor.program.limits["T"]
     meter.measure()
     if "prefill" in phases:
@@ -175,8 +176,16 @@ def profile(
             yield runner.measure("decode", context, [runner.decode(context)], meter, seconds, on_work)
 
 
+class ProfiledExecutor(Executor, Protocol):
+    """An executor that can measure its calls."""
+
+    program: Program
+
+    def profile(self, batch: Batch) -> StepProfile: ...
+
+
 class _Runner:
-    def __init__(self, executor: CpuExecutor, vocab_size: int, batch_size: int, length: int) -> None:
+    def __init__(self, executor: ProfiledExecutor, vocab_size: int, batch_size: int, length: int) -> None:
         self.executor = executor
         self.batch_size = batch_size
         size = executor.kv_spec.block_size
@@ -208,7 +217,7 @@ class _Runner:
         return Batch(tuple(self._scheduled(s, context, context + 1, True) for s in range(self.batch_size)))
 
     def measure(
-        self, kind: str, context: int, batches: list[Batch], meter: PeakMeter, seconds: float,
+        self, kind: str, context: int, batches: list[Batch], meter: Meter, seconds: float,
         on_work: Callable[[str, float, float], None],
     ) -> Phase:  # fmt: skip
         """Profiled and other runs in turns, so that drift of the machine hits both."""

@@ -14,7 +14,7 @@ from ..engine.engine import LLMEngine
 from ..metrics import latencies_ms, mbu, mfu, throughput
 from .neighbours import Neighbours
 from .replay import Replay, replay
-from .roofline import PeakMeter, Peaks
+from .roofline import DeviceMeter, PeakMeter, Peaks
 from .workloads import Workload
 
 #: Of each request of a warm-up: enough to decode.
@@ -61,14 +61,20 @@ class Meter(Protocol):
 
 def peak_meter(built: Built) -> Meter | None:
     """A meter of the machine that a model runs on; None for devices whose peaks nobody measures."""
-    if not isinstance(built.executor, CpuExecutor):
-        return None
-    return PeakMeter(built.plan.isa, built.plan.threads)
+    if isinstance(built.executor, CpuExecutor):
+        return PeakMeter(built.plan.isa, built.plan.threads)
+    if built.plan.config.device == "cuda":
+        from ..backends.cuda.backend import CudaBackend
+
+        assert isinstance(built.plan.backend, CudaBackend)
+        return DeviceMeter(built.plan.backend.peaks)
+    return None
 
 
 def precision_of(executor: object) -> str | None:
     """The precision that MFU is of; None for devices whose peaks nobody measures."""
-    return executor.precision if isinstance(executor, CpuExecutor) else None
+    precision: str | None = getattr(executor, "precision", None)
+    return precision
 
 
 def warm_up(engine: LLMEngine, workload: Workload, count: int) -> None:

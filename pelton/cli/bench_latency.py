@@ -82,7 +82,7 @@ def latency(
         engine["max_model_len"] = input_len + output_len
     config = EngineConfig(model=model, max_num_seqs=batch_size, **engine)
     # The KV cache is laid out for twice as many: no sequence waits because another may grow.
-    roomy = replace(config, max_num_seqs=max(batch_size, min(2 * batch_size, config.max_num_batched_tokens)))
+    roomy = replace(config, max_num_seqs=max(batch_size, min(2 * batch_size, config.step_tokens)))
     write_json, _ = options.writable(json_file), options.writable(plot_file)
     plots.check(plot_file)
     with packing_progress() as packing:

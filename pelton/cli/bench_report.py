@@ -33,6 +33,7 @@ def record(benchmark: str, built: Built, config: EngineConfig) -> dict[str, Any]
         "model": plan.checkpoint.path.name,
         "machine": {
             "cpu": _native.cpu_features()["model_name"] or None,
+            "gpu": plan.backend.device_name,
             "isa": plan.isa,
             "threads": plan.threads,
             "system": f"{platform.system()} {platform.machine()}",
@@ -46,11 +47,18 @@ def record(benchmark: str, built: Built, config: EngineConfig) -> dict[str, Any]
 
 def where(built: Built) -> str:
     """``SmolLM2-135M-Instruct, avx512_bf16, 2 threads``"""
+    return f"{built.plan.checkpoint.path.name}, {machine_text(built)}"
+
+
+def machine_text(built: Built) -> str:
+    """``avx512_bf16, 2 threads``, or the name of the GPU."""
     from .roofs import threads_text
 
     plan = built.plan
+    if (gpu := plan.backend.device_name) is not None:
+        return gpu
     backend = plan.isa if plan.config.device == "cpu" else plan.config.device
-    return f"{plan.checkpoint.path.name}, {backend}, {threads_text(plan.threads)}"
+    return f"{backend}, {threads_text(plan.threads)}"
 
 
 def milliseconds(value: float | None) -> str:

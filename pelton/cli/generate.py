@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from ..prompts import Prompt
 
 PROMPT_KEYS = ("prompt", "messages", "prompt_token_ids")
+#: What a run may be continued with another value of.
+_ANSWERS_ARE_THE_SAME = ("isa", "threads", "gpu_memory_utilization", "enforce_eager")
 SAMPLING_KEYS = tuple(f.name for f in fields(SamplingParams) if f.name != "logits_processors")  # functions
 
 
@@ -88,7 +90,7 @@ def generate(
         "model": model,
         "sampling": given,
         "seed": seed,
-        **{name: value for name, value in engine.items() if name not in ("isa", "threads")},
+        **{name: value for name, value in engine.items() if name not in _ANSWERS_ARE_THE_SAME},
         "token_ids": token_ids,
     }
     with _opened(output, made_from, overwrite) as (sink, done):

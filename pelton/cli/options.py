@@ -50,9 +50,9 @@ isa = click.option(
 )
 dtype = click.option(
     "--dtype",
-    type=click.Choice(["auto", "f32", "bf16"]),
+    type=click.Choice(["auto", "f32", "f16", "bf16"]),
     default="auto",
-    help="Type of weights that are not quantized; auto: as stored.",
+    help="Type of weights that are not quantized; auto: as stored (f16 as bf16 on CPUs). f16 is for GPUs.",
 )
 quantization = click.option(
     "--quantization",
@@ -65,7 +65,7 @@ kv_cache_dtype = click.option(
     "--kv-cache-dtype",
     type=click.Choice(["auto", "f32", "f16", "bf16", "int8", "fp8"]),
     default="auto",
-    help="Type of the KV cache; auto: f32 if the whole model is f32, else bf16. f16 takes the memory of bf16 and "
+    help="Type of the KV cache; auto: as the model, bf16 beside codes. f16 takes the memory of bf16 and "
     "rounds eight times finer. int8 and fp8 (E4M3) take half, with a scale per token and head; int8 rounds much finer "
     "(docs/engine.md has figures).",
 )
@@ -97,9 +97,19 @@ speculative_quantization = click.option(
 )
 device = click.option(
     "--device",
-    type=click.Choice(["cpu", "reference"]),
+    type=click.Choice(["cpu", "cuda", "reference"]),
     default="cpu",
-    help="cpu, or the slow interpreter that everything is checked against.",
+    help="cpu, cuda (the first NVIDIA GPU; docs/cuda.md), or the slow interpreter that everything is checked against.",
+)
+gpu_memory_utilization = click.option(
+    "--gpu-memory-utilization",
+    type=float,
+    default=0.9,
+    metavar="SHARE",
+    help="Of the GPU's memory: what weights and steps leave of it is KV cache.",
+)
+enforce_eager = click.option(
+    "--enforce-eager", is_flag=True, help="Without CUDA graphs: starts sooner, decodes slower. Of --device cuda."
 )
 
 
@@ -164,6 +174,7 @@ _LOADING = {
     "activations": activations, "num_speculative_tokens": num_speculative_tokens,
     "speculative_model": speculative_model, "speculative_quantization": speculative_quantization,
     "isa": isa, "threads": threads, "device": device,
+    "gpu_memory_utilization": gpu_memory_utilization, "enforce_eager": enforce_eager,
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 @options.kv_cache_dtype
 @options.isa
 @options.threads
+@options.device
 @click.option("--layers/--no-layers", default=True, help="A bar for every layer.")
 @click.option("--html", "html_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write a page with picture "
               "and tables.")  # fmt: skip
@@ -42,6 +43,7 @@ def profile(
     dtype: str,
     kv_cache_dtype: str,
     isa: str | None,
+    device: str,
     threads: int | None,
     layers: bool,
     html_file: str | None,
@@ -66,7 +68,8 @@ def profile(
     from ..build import build
     from ..config import EngineConfig
     from .progress import packing_progress
-    from .roofs import Working, console, threads_text
+    from .bench_report import machine_text
+    from .roofs import Working, console
 
     contexts = options.numbers("context", context)
     for name, value, most in (("prompt-len", prompt_len, 1 << 20), ("batch-size", batch_size, 1024)):
@@ -77,7 +80,7 @@ def profile(
     phases = ("prefill", "decode") if phase == "both" else (phase,)
     longest = max((prompt_len if "prefill" in phases else 1), (max(contexts) if "decode" in phases else 1))
     config = EngineConfig(
-        model=model, dtype=dtype, kv_cache_dtype=kv_cache_dtype, isa=isa, threads=threads,  # type: ignore[arg-type]
+        model=model, dtype=dtype, kv_cache_dtype=kv_cache_dtype, isa=isa, threads=threads, device=device,  # type: ignore[arg-type]
         max_num_seqs=batch_size, max_model_len=longest + 1,
     )  # fmt: skip
     out, done = console(), []
@@ -85,7 +88,7 @@ def profile(
     with packing_progress() as packing:
         built = build(config, packing)
     name = built.plan.checkpoint.path.name
-    machine = f"{built.plan.isa}, {threads_text(built.plan.threads)}"
+    machine = machine_text(built)
     try:
         with Working() as working:
             for measured in run(

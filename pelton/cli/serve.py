@@ -16,6 +16,8 @@ _GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 #: Of a step, beside a token for each sequence. A larger step saves little on a CPU (weights are read less often), and
 #: all streams stand still while it runs: benchmarks/results/serving-steps-amd-epyc.md.
 PROMPT_TOKENS = 192
+#: A GPU needs more to be busy; nobody has measured how many.
+GPU_PROMPT_TOKENS = 2048
 
 
 @click.command(short_help="Serve a model behind OpenAI's HTTP API.")
@@ -40,7 +42,7 @@ PROMPT_TOKENS = 192
     type=int,
     metavar="N",
     help="Tokens of one step: fewer let streams flow more evenly beside long prompts, more read long prompts sooner. "
-    f"Default: {PROMPT_TOKENS} more than --max-num-seqs.",
+    f"Default: {PROMPT_TOKENS} more than --max-num-seqs, on GPUs {GPU_PROMPT_TOKENS}.",
 )
 @click.option(
     "--enable-prefix-caching/--no-enable-prefix-caching",
@@ -211,10 +213,11 @@ def serve(
         **server,
     )
     engine |= adapters.engine
+    prompt_tokens = GPU_PROMPT_TOKENS if engine["device"] == "cuda" else PROMPT_TOKENS
     engine |= {
         "model": str(path),
         "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_seqs + PROMPT_TOKENS
+        "max_num_batched_tokens": max_num_seqs + prompt_tokens
         if max_num_batched_tokens is None
         else max_num_batched_tokens,
         "enable_prefix_caching": enable_prefix_caching,

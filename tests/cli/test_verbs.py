@@ -67,7 +67,7 @@ def test_the_ledger_grows_with_context_and_sequences(pelton, tiny):
 
 @pytest.mark.parametrize("option", [(), ("--json",)])
 def test_inspect_of_a_model_that_does_not_fit(pelton, tiny, option, monkeypatch):
-    monkeypatch.setattr("pelton.build.available_memory", lambda: 1 << 20)
+    monkeypatch.setattr("pelton.backends.cpu.backend.available_memory", lambda: 1 << 20)
     result = pelton("inspect", tiny, *option)
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1

@@ -24,6 +24,7 @@ class CpuBackend:
     fuses_gates = True
     #: The 16-bit type that CPUs multiply.
     half = "bf16"
+    device_name = None
 
     def __init__(self, isa: str | None, threads: int) -> None:
         self.isa = choose_isa(isa)

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ...graph import F16, F32
-from ...graph.cost import Cost, StepShape, element_bytes, total
+from ...graph.cost import element_bytes, total
 from ...program import CacheRef, Call, ConstantRef, Program
-from ..base import CallStats
+from ..call_cost import CallCost
 from .packing import int8_activations
 
 #: Tiers that multiply in bf16 next to bf16 weights, a bf16 KV cache and codes that do not meet int8 activations;
 #: the others do in f32.
 _BF16_TIERS = frozenset({"avx512_bf16", "amx"})
-
-
-@dataclass(frozen=True, slots=True)
-class CallCost:
-    """Polynomials in the sizes of a step; see :class:`~pelton.backends.base.CallStats`."""
-
-    call: Call
-    flops: Cost
-    streamed: Cost
-    activations: Cost
-    precision: str
-
-    def stats(self, shape: StepShape, seconds: float) -> CallStats:
-        flops, streamed, activations = (shape.evaluate(c) for c in (self.flops, self.streamed, self.activations))
-        return CallStats(self.call.name, self.call.kernel, seconds, flops, streamed, activations, self.precision)
 
 
 def call_costs(program: Program, packed_bytes: Sequence[int], isa: str, activations: str) -> list[CallCost]:

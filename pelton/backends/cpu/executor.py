@@ -18,12 +18,13 @@ from ...graph.quantized import HostTensor
 from ...program import Constant, Program, View, constant_text
 from ...program.weights import evaluate, vector
 from ..base import Batch, KVSpec, Sampler, StepProfile
+from ..call_cost import CallCost
 from ..host import AdapterPart, HostExecutor
 from ..step_inputs import StepInputs
 from . import packing
 from .adapters import table_bytes, write_slot
 from .calls import CACHE_FORMATS, native_calls
-from .costs import CallCost, call_costs
+from .costs import call_costs
 from .packed_cache import open_or_pack
 from .sampler import NativeSampler
 

@@ -123,15 +123,25 @@ class CudaBackend:
             executor.allocate(replace(own, num_blocks=num_blocks, max_model_len=min(own.max_model_len, length)))
 
     def read_bandwidth(self, achieved: float) -> float | None:
-        return self._peaks()["read_bandwidth"]
+        return self._kept_peaks()["read_bandwidth"]
 
     def peak_flops(self, executor: Executor) -> float | None:
         from .executor import CudaExecutor
 
         assert isinstance(executor, CudaExecutor)
-        return self._peaks()[executor.precision]
+        return self._kept_peaks()[executor.precision]
 
-    def _peaks(self) -> dict[str, float]:
+    def peaks(self) -> dict[str, float]:
+        """Measured now: bytes/s as ``read_bandwidth``, FLOP/s by precision."""
+        from .peaks import measured_peaks
+
+        return measured_peaks(self._device, fresh=True)
+
+    def _kept_peaks(self) -> dict[str, float]:
         from .peaks import measured_peaks
 
         return measured_peaks(self._device)
+
+    @property
+    def device_name(self) -> str | None:
+        return self._device.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 from ...graph import DType
 from ...program import Program
 from ...program.weights import Reader
-from ..base import Batch, KVSpec, SampledToken, Sampler, StepOutput, StepStats
+from ..base import Batch, KVSpec, SampledToken, Sampler, StepOutput, StepProfile, StepStats
 from ..host import AdapterPart, BatchExecutor, check_blocks
 from ..step_inputs import StepInputs
 from . import weights
 from .calls import Lowering
+from .costs import call_costs, read_once
 from .device import Device, Mark
 from .graphs import Capture, CudaCapture, Graphs
 from .inputs import Ints, Sizes, padded
@@ -65,8 +67,10 @@ class CudaExecutor(BatchExecutor):
         on_sent: Callable[[int], None] = lambda size: None,
         capture: Callable[[Device], Capture] | None = CudaCapture,
     ) -> None:
-        super().__init__(kv_spec, sampler, program.flops, program.bytes, program.adapters)
+        num_bytes = {**program.bytes, "1": float(read_once(program, compute))}
+        super().__init__(kv_spec, sampler, program.flops, num_bytes, program.adapters)
         self.program = program
+        self._compute = compute
         self.precision = compute.name
         self._device = device
         self._capture = capture
@@ -152,25 +156,43 @@ class CudaExecutor(BatchExecutor):
 
     def _execute(self, inputs: StepInputs, words: Ints | None) -> None:
         """Start a step. Without ``words`` nothing is sampled on the device."""
-        arrays = dict(inputs.arrays)
-        query_lens, seq_lens = inputs.shape.query_lens, inputs.shape.seq_lens
-        if words is not None:
-            arrays["sampling"] = words
         num_tokens, num_seqs, num_rows, num_logits = inputs.dims
-        decodes = [i for i, n in enumerate(query_lens) if n == 1]
         if self._graphs is not None and num_tokens == num_seqs == num_rows == num_logits:
             bucket = self._graphs.bucket(num_seqs)
+            arrays = inputs.arrays if words is None else {**inputs.arrays, "sampling": words}
             self._memory.inputs.write(Sizes.decode(bucket), padded(arrays, bucket))
             self._graphs.replay(bucket)
             return
-        arrays["decodes"] = np.array(decodes, np.int32)
-        arrays["tiles"] = self._memory.heads.tiles([0 if n == 1 else n for n in query_lens], seq_lens)
-        sizes = Sizes(num_tokens, num_seqs, num_rows, num_logits, len(decodes), len(arrays["tiles"]))
-        self._memory.inputs.write(sizes, arrays)
-        frame = self._memory.frame(sizes)
+        frame = self._send(inputs, words)
         self._forward(frame)
         if words is not None and num_logits:
             self._sample_on_device(frame)
+
+    def _send(self, inputs: StepInputs, words: Ints | None) -> Frame:
+        """The frame of a step of any kind, its inputs on their way."""
+        query_lens, seq_lens = inputs.shape.query_lens, inputs.shape.seq_lens
+        decodes = np.array([i for i, n in enumerate(query_lens) if n == 1], np.int32)
+        tiles = self._memory.heads.tiles([0 if n == 1 else n for n in query_lens], seq_lens)
+        arrays = {**inputs.arrays, "decodes": decodes, "tiles": tiles}
+        if words is not None:
+            arrays["sampling"] = words
+        sizes = Sizes(*inputs.dims, len(decodes), len(tiles))
+        self._memory.inputs.write(sizes, arrays)
+        return self._memory.frame(sizes)
+
+    def profile(self, batch: Batch) -> StepProfile:
+        """Run a step without sampling from it, call by call: what the device needs for each, and for all together."""
+        inputs = self._inputs_of(batch)
+        with self._device.active():
+            frame = self._send(inputs, None)
+            marks = [self._device.mark()]
+            for launch in self._launches:
+                launch(frame)
+                marks.append(self._device.mark())
+        marks[-1].wait()
+        calls = zip(call_costs(self.program, self._compute), itertools.pairwise(marks), strict=True)
+        stats = tuple(cost.stats(inputs.shape, after.seconds_since(before)) for cost, (before, after) in calls)
+        return StepProfile(marks[-1].seconds_since(marks[0]), stats)
 
     def _fetched(self, view: Any, count: int) -> npt.NDArray[np.float32]:
         """Rows of a buffer of the step that ran last, on the host."""

@@ -1,0 +1,207 @@
+"""Rotary embeddings (Su et al. 2021) and the writing of keys and values to the paged cache.
+
+The cache of a layer: [blocks, 2 (keys, values), kv_heads, block_size, head_dim], contiguous; int64 offsets.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import next_power_of_2
+
+_NUM_WARPS = 2
+
+
+@triton.jit
+def _copy_heads(
+    out_ptr, out_head_stride, x_ptr, head, heads, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Columns FIRST and up of each head."""
+    column = FIRST + tl.arange(0, BLOCK)[None, :]
+    mask = (head < heads) & (column < HEAD_DIM)
+    x = tl.load(x_ptr + head * HEAD_DIM + column, mask=mask).to(tl.float32)
+    tl.store(out_ptr + head * out_head_stride + column, x, mask=mask)
+
+
+@triton.jit
+def _rotate_heads(
+    out_ptr,
+    out_head_stride,
+    x_ptr,
+    table_ptr,  # the position's row
+    head,
+    heads,
+    HEAD_DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PAIR_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+):
+    """The first 2 * PAIRS columns of each head turn, the rest is copied."""
+    if PAIRS > 0:
+        pair = tl.arange(0, PAIR_BLOCK)[None, :]
+        mask = (head < heads) & (pair < PAIRS)
+        cos = tl.load(table_ptr + pair, mask=pair < PAIRS, other=0.0)
+        sin = tl.load(table_ptr + PAIRS + pair, mask=pair < PAIRS, other=0.0)
+        if INTERLEAVED:
+            first = 2 * pair
+            second = 2 * pair + 1
+        else:
+            first = pair
+            second = pair + PAIRS
+        x_ptrs = x_ptr + head * HEAD_DIM
+        a = tl.load(x_ptrs + first, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(x_ptrs + second, mask=mask, other=0.0).to(tl.float32)
+        out_ptrs = out_ptr + head * out_head_stride
+        tl.store(out_ptrs + first, a * cos - b * sin, mask=mask)
+        tl.store(out_ptrs + second, b * cos + a * sin, mask=mask)
+    if REST_BLOCK > 0:
+        _copy_heads(out_ptr, out_head_stride, x_ptr, head, heads, HEAD_DIM, 2 * PAIRS, REST_BLOCK)
+
+
+@triton.jit
+def _rope_kernel(
+    out_ptr,
+    cache_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    positions_ptr,
+    slots_ptr,
+    table_ptr,
+    out_stride,
+    q_stride,
+    k_stride,
+    v_stride,
+    Q_HEADS: tl.constexpr,  # 0: only the cache is written
+    KV_HEADS: tl.constexpr,  # 0: only q is turned
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+    PAIR_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+):
+    """A program takes HEADS heads of a token: of q, or of both k and v."""
+    q_groups: tl.constexpr = (Q_HEADS + HEADS - 1) // HEADS
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    turns = table_ptr  # None without pairs
+    if PAIRS > 0:
+        turns += tl.load(positions_ptr + token).to(tl.int64) * (2 * PAIRS)
+    if Q_HEADS > 0:
+        if group < q_groups:
+            head = group * HEADS + tl.arange(0, HEADS)[:, None]
+            _rotate_heads(
+                out_ptr + token * out_stride, HEAD_DIM, q_ptr + token * q_stride, turns, head, Q_HEADS,
+                HEAD_DIM, PAIRS, INTERLEAVED, PAIR_BLOCK, REST_BLOCK,
+            )  # fmt: skip
+    if KV_HEADS > 0:
+        slot = tl.load(slots_ptr + token).to(tl.int64)
+        if (group >= q_groups) & (slot >= 0):
+            part: tl.constexpr = KV_HEADS * BLOCK_SIZE * HEAD_DIM  # keys or values of a block
+            head = (group - q_groups) * HEADS + tl.arange(0, HEADS)[:, None]
+            keys = cache_ptr + slot // BLOCK_SIZE * (2 * part) + slot % BLOCK_SIZE * HEAD_DIM
+            _rotate_heads(
+                keys, BLOCK_SIZE * HEAD_DIM, k_ptr + token * k_stride, turns, head, KV_HEADS,
+                HEAD_DIM, PAIRS, INTERLEAVED, PAIR_BLOCK, REST_BLOCK,
+            )  # fmt: skip
+            _copy_heads(
+                keys + part, BLOCK_SIZE * HEAD_DIM, v_ptr + token * v_stride, head, KV_HEADS, HEAD_DIM, 0, DIM_BLOCK
+            )
+
+
+def _launch(
+    out: torch.Tensor | None,
+    cache: torch.Tensor | None,
+    q: torch.Tensor | None,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    slots: torch.Tensor | None,
+    table: torch.Tensor | None,
+    tokens: int,
+    head_dim: int,
+    rotary_dim: int,
+    interleaved: bool,
+) -> None:
+    if tokens == 0:
+        return
+    q_heads = 0 if q is None else q.shape[1] // head_dim
+    kv_heads, block_size = (0, 0) if cache is None else cache.shape[2:4]
+    rest = head_dim - rotary_dim
+    dim_block, pair_block = next_power_of_2(head_dim), next_power_of_2(rotary_dim // 2)
+    heads = max(1, 1024 // dim_block)
+    if rotary_dim:  # no fewer pairs than threads: one that two threads hold could be turned twice when ``out`` is ``q``
+        heads = max(heads, 32 * _NUM_WARPS // pair_block)
+    groups = triton.cdiv(q_heads, heads) + triton.cdiv(kv_heads, heads)
+    _rope_kernel[(tokens, groups)](
+        out,
+        cache,
+        q,
+        k,
+        v,
+        positions,
+        slots,
+        table,
+        0 if out is None else out.stride(0),
+        0 if q is None else q.stride(0),
+        0 if k is None else k.stride(0),
+        0 if v is None else v.stride(0),
+        Q_HEADS=q_heads,
+        KV_HEADS=kv_heads,
+        BLOCK_SIZE=block_size,
+        HEAD_DIM=head_dim,
+        PAIRS=rotary_dim // 2,
+        INTERLEAVED=interleaved,
+        HEADS=heads,
+        DIM_BLOCK=dim_block,
+        PAIR_BLOCK=pair_block,
+        REST_BLOCK=next_power_of_2(rest) if rest else 0,
+        num_warps=_NUM_WARPS,
+    )
+
+
+def rope(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    positions: torch.Tensor,
+    table: torch.Tensor,
+    head_dim: int,
+    rotary_dim: int,
+    interleaved: bool,
+) -> None:
+    """out, x: float [T, heads * head_dim], out may be x; positions: int32 [T].
+
+    table: float32 [max_positions, rotary_dim], contiguous: cosines of all pairs, then sines.
+    """
+    _launch(out, None, x, None, None, positions, None, table, x.shape[0], head_dim, rotary_dim, interleaved)
+
+
+def kv_write(cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+    """k, v: float [T, kv_heads * head_dim]; slots: int32 [T], -1 writes nothing.
+
+    What the cache's element type cannot hold becomes infinite.
+    """
+    _launch(None, cache, None, k, v, None, slots, None, k.shape[0], cache.shape[4], 0, False)
+
+
+def rope_kv_write(
+    out: torch.Tensor,
+    cache: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    table: torch.Tensor,
+    head_dim: int,
+    rotary_dim: int,
+    interleaved: bool,
+) -> None:
+    """:func:`rope` of q into out, and :func:`kv_write` of k, turned likewise, and v, in one launch."""
+    _launch(out, cache, q, k, v, positions, slots, table, q.shape[0], head_dim, rotary_dim, interleaved)

@@ -1,0 +1,46 @@
+"""CUDA executors of tiny models, with decode steps that are recorded as on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tests.backends.cuda.device import DEVICE
+
+from pelton.backends.cpu import _native
+from pelton.backends.cpu.sampler import NativeSampler
+from pelton.backends.cuda.device import Device
+from pelton.backends.cuda.executor import CudaExecutor
+from pelton.backends.cuda.graphs import CudaCapture
+from pelton.backends.cuda.weights import compute_type
+from pelton.build import plan
+from pelton.config import EngineConfig
+
+
+class HostCapture:
+    """In place of a CUDA graph: runs the same launches again, on the same memory. Counts what happens."""
+
+    def __init__(self, device: Device) -> None:
+        self.replays = 0
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        def replay() -> None:
+            self.replays += 1
+            run()
+
+        return replay
+
+
+def executor(folder: Any, *, graphs: bool = True, **options: Any) -> CudaExecutor:
+    """A model on the device, with 64 blocks of KV cache."""
+    options = {"max_num_batched_tokens": 64, "max_num_seqs": 6, "threads": 2} | options
+    planned = plan(EngineConfig(model=str(folder), device="cuda", kv_cache_memory=1 << 23, **options))
+    capture = (CudaCapture if DEVICE.type == "cuda" else HostCapture) if graphs else None
+    read: Callable[[str], Any] = lambda name: planned.checkpoint.tensors[name].read()  # noqa: E731
+    made = CudaExecutor(
+        planned.program, compute_type(planned.graph), read, planned.kv_spec,
+        NativeSampler(_native.Executor("generic", 1, 64)), Device(DEVICE), capture=capture,
+    )  # fmt: skip
+    made.run_largest_step()
+    made.allocate(planned.kv_spec)
+    return made
