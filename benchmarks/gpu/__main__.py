@@ -46,7 +46,7 @@ from .scale import FULL, MODELS, TINY, Scale
 
 #: name -> (module, function, most seconds it takes)
 PARTS: dict[str, tuple[str, str, int]] = {
-    "install": ("install", "run", 400),
+    "install": ("install", "run", 480),
     "kernels": ("kernel_tests", "run", 400),
     "checks": ("checks", "run", 480),
     "peaks": ("peaks", "run", 60),

@@ -12,9 +12,12 @@ from typing import Any
 
 
 def use_interpreter() -> None:
-    """Take the host for a GPU. Before torch's and Triton's first use."""
+    """Take the host for a GPU. Before Triton's first use."""
+    import torch
+
     os.environ["PELTON_CUDA_DEVICE"] = "cpu"
     os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)  # the little that it computes takes longer to share out
 
 
 def torch_device() -> Any:

@@ -46,8 +46,9 @@ def _pip(part: Part, what: str, arguments: list[str]) -> None:
         sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--quiet",
         "--disable-pip-version-check", "--target", str(site_of(part.work)), *arguments,
     ]  # fmt: skip
+    cores = {"CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1)}  # CMake's default is one where it uses make
     done = subprocess.run(
-        command, cwd=part.work, env=environment(part.work), timeout=max(1.0, part.left() - 5),
+        command, cwd=part.work, env=environment(part.work) | cores, timeout=max(1.0, part.left() - 5),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     if done.returncode:

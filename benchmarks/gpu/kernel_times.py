@@ -56,8 +56,7 @@ def _decode(part: Part, built: Built, config: Any, batch: int, prompt: int, outp
     while engine.stats().decode_steps < 2:
         engine.step()
     part.row(step=f"decode of {batch}, context {prompt}", **_kernels(part, engine.step, _STEPS))
-    while engine.has_unfinished:
-        engine.step()
+    engine.drain()
 
 
 def _kernels(part: Part, step: Callable[[], object], count: int) -> Row:
