@@ -75,12 +75,15 @@ class Plan:
             fixed = need - self.ledger.kv_cache - sum(4 * rope["rotary_dim"] * rope["positions"] for rope in ropes)
             fits = max(0, have - fixed) // max(1, per_token)
             if fits < self.config.block_size:
-                remedy = "use a smaller or more strongly quantized model"
+                remedy = self.backend.remedy(self.graph, fixed, have)
             elif self.config.kv_cache_memory is not None:
                 remedy = f"kv_cache_memory of {human(fits * self.ledger.kv_bytes_per_token)} would fit"
             else:
                 remedy = f"max_model_len={fits} or less, or a smaller max_num_seqs, would fit"
-            raise OutOfMemoryError(f"{self.checkpoint.path.name} needs {human(need)}, {human(have)} are free", remedy)
+            where = "" if self.backend.device_name is None else f" on {self.backend.device_name}"
+            raise OutOfMemoryError(
+                f"{self.checkpoint.path.name} needs {human(need)}, {human(have)} are free{where}", remedy
+            )
 
 
 @dataclass

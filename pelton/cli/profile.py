@@ -67,8 +67,8 @@ def profile(
     from ..bench.profile import profile as run
     from ..build import build
     from ..config import EngineConfig
-    from .progress import packing_progress
     from .bench_report import machine_text
+    from .progress import packing_progress
     from .roofs import Working, console
 
     contexts = options.numbers("context", context)

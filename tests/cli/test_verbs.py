@@ -107,7 +107,7 @@ def test_doctor_as_json_has_stable_keys(pelton, monkeypatch):
     result = json.loads(pelton("doctor", "--json", "--threads", 1).stdout)
     assert set(result) == {
         "python", "system", "cpu", "threads", "available_memory", "isas", "isa", "isa_chosen_by", "peaks", "kernels",
-        "cache", "cache_bytes", "missing", "assumed_features", "memory_nodes",
+        "gpu", "cache", "cache_bytes", "missing", "assumed_features", "memory_nodes",
     }  # fmt: skip
     assert {c for cpus in result["memory_nodes"].values() for c in cpus} == os.sched_getaffinity(0)
     assert result["isa"] == result["isas"][-1] and result["isas"][0] == "generic"

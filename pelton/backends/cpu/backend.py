@@ -45,6 +45,9 @@ class CpuBackend:
     def available(self) -> int:
         return available_memory()
 
+    def remedy(self, graph: Graph, needed: int, available: int) -> str:
+        return "use a smaller or more strongly quantized model"
+
     def kv_share(self, free: int, one_sequence: int) -> int:
         # Every sequence at full length, within reason: others live on this machine too.
         return min(free // 2, max(_DEFAULT_KV_BYTES, one_sequence))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ...config import EngineConfig
 from ...errors import OutOfMemoryError, PeltonError
-from ...graph import Graph, GroupQuant
+from ...graph import F32, Graph, GroupQuant
 from ...ledger import human
 from ...program import Program, lower
 from ..backend import Model, Sizes
@@ -83,6 +83,13 @@ class CudaBackend:
 
     def available(self) -> int:
         return self._device.available(self._config.gpu_memory_utilization)
+
+    def remedy(self, graph: Graph, needed: int, available: int) -> str:
+        from .weights import compute_type
+
+        gpus = -(-needed // max(1, available))
+        narrower = "dtype='bf16' takes half of it; or " if compute_type(graph) == F32 else ""
+        return f"{narrower}choose a smaller model, or device='cpu': it would take {gpus} such GPUs, and one is used"
 
     def kv_share(self, free: int, one_sequence: int) -> int:
         return free

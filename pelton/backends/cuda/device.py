@@ -53,6 +53,11 @@ class Device:
         if self.stream is not None:
             self.stream.synchronize()
 
+    def hold(self, seconds: float) -> None:
+        """Let the device do nothing for about so long, so that what is started meanwhile runs without gaps after it."""
+        if self.is_cuda:
+            torch.cuda._sleep(int(seconds * 1.5e9))  # cycles of a clock of 1 to 2 GHz
+
     def mark(self) -> Mark:
         """The moment at which all that was started so far has ended."""
         return Mark(self.stream)

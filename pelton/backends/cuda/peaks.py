@@ -46,6 +46,7 @@ def _best(device: Device, run: Callable[[], object], tries: int) -> float:
     run()
     seconds = []
     for _ in range(tries):
+        device.hold(1e-3)  # until the host has started it
         begin = device.mark()
         run()
         end = device.mark()

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tests.backends.cuda.device import DEVICE
-
 from pelton.backends.cpu import _native
 from pelton.backends.cpu.sampler import NativeSampler
 from pelton.backends.cuda.device import Device
@@ -15,6 +13,7 @@ from pelton.backends.cuda.graphs import CudaCapture
 from pelton.backends.cuda.weights import compute_type
 from pelton.build import plan
 from pelton.config import EngineConfig
+from tests.backends.cuda.device import DEVICE
 
 
 class HostCapture:

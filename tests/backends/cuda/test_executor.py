@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.backends.cuda.executors import HostCapture, executor  # first: it chooses the device
-
 from pelton.backends.base import PENDING, Batch, SampleSpec, ScheduledSequence
 from pelton.backends.cuda import graphs
 from pelton.config import SamplingParams
 from pelton.engine.sampling import HostSampler
+from tests.backends.cuda.executors import HostCapture, executor
 from tests.helpers.families import Sequences, tolerance
 from tests.helpers.tiny_models import FAMILIES, oracle_logits, tiny_checkpoint
 

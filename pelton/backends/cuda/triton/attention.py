@@ -329,6 +329,7 @@ def _constants(cache: torch.Tensor, tile: _Tile, group: int, heads: int, window:
         "EXACT": cache.dtype == torch.float32,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,  # scores are multiplied and added to in one instruction; not every Triton's default
     }
 
 

@@ -93,7 +93,7 @@ def _rope_kernel(
     turns = table_ptr  # None without pairs
     if PAIRS > 0:
         turns += tl.load(positions_ptr + token).to(tl.int64) * (2 * PAIRS)
-    if Q_HEADS > 0:
+    if Q_HEADS > 0:  # noqa: SIM102 - a constant: without query heads, what follows is not compiled
         if group < q_groups:
             head = group * HEADS + tl.arange(0, HEADS)[:, None]
             _rotate_heads(
