@@ -40,7 +40,7 @@ def run(part: Part) -> None:
             if family == families[0]:
                 _guarded(part, family, "sampling", lambda c=checked: _sampling(part, c, Path(folder)))  # type: ignore[misc]
             _guarded(part, family, "greedy, f32", lambda c=checked: _greedy(part, c, Path(folder)))  # type: ignore[misc]
-            for dtype in ("f32", "bf16", "f16"):
+            for dtype in part.scale.check_dtypes:
                 part.check()
                 _guarded(
                     part, family, f"logits, {dtype}",

@@ -58,6 +58,7 @@ class Scale:
     check_chunk: int = 128
     check_tokens: int = 64
     sampled_steps: int = 16
+    check_dtypes: tuple[str, ...] = ("f32", "bf16", "f16")
     families: tuple[str, ...] = ()  # () is all
 
     @property

@@ -23,7 +23,7 @@ from tests.backends.cuda.device import DEVICE
 
 SMALL = replace(
     TINY, prompt_len=5, output_len=3, batch_prompt_len=3, batch_output_len=3, longest=6, prompt_lens=(3, 9),
-    check_chunk=8, check_tokens=2, sampled_steps=1,
+    check_chunk=8, check_tokens=2, check_dtypes=("bf16",), sampled_steps=1,
 )  # fmt: skip
 
 
@@ -69,17 +69,27 @@ def test_batches_and_batching(new_part: Callable[..., Part]) -> None:
 
 
 def test_time_by_kernel(new_part: Callable[..., Part], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_times, "_STEPS", 1)
+    def recorded(step: Callable[[], object], count: int, activities: list[Any]) -> tuple[float, list[Any]]:
+        step()  # starting torch's profiler takes longer than all other tests of this file
+        return 1e-3, [("b", 100.0, 110.0), ("a", 110.0, 140.0), ("a", 150.0, 200.0)]
+
+    monkeypatch.setattr(kernel_times, "_STEPS", 2)
+    monkeypatch.setattr(kernel_times, "_recorded", recorded)
     part = new_part("profile")
     kernel_times.run(part)
     assert [r["step"] for r in part.data["rows"]] == ["prefill of 5 tokens", "decode of 1, context 3"]
-    assert all(r["kernels"][0]["share"] >= r["kernels"][-1]["share"] > 0 for r in part.data["rows"])
+    row = part.data["rows"][1]
+    assert (row["wall_us"], row["kernels_us"], row["busy"]) == (500.0, 45.0, 0.9)
+    assert row["kernels"] == [
+        {"kernel": "a", "calls": 1.0, "us": 40.0, "share": 80 / 90},
+        {"kernel": "b", "calls": 0.5, "us": 5.0, "share": 10 / 90},
+    ]
 
 
 def test_checks_of_a_whole_model(new_part: Callable[..., Part]) -> None:
     part = new_part("checks")
     checks.run(part)
-    assert (part.data["passed"], part.data["failed"]) == (7, 0)
+    assert (part.data["passed"], part.data["failed"]) == (5, 0)
     assert "problem" not in part.data
 
 
