@@ -29,6 +29,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -113,7 +114,7 @@ def run_parts(names: list[str], args: argparse.Namespace, arguments: list[str]) 
     output = (args.output or _default_output(args)).expanduser().resolve()
     results: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"parts": {}}
     results |= {"benchmark": "gpu", "model": scale_of(args).model, **_commit(args.commit)}
-    command = "python benchmarks/gpu/run.py " + " ".join(_without_folders(arguments))
+    command = "python benchmarks/gpu/run.py " + shlex.join(_without_folders(arguments))
     for name in names:
         seconds = args.seconds or float(PARTS[name][2])
         if args.budget is not None:

@@ -36,22 +36,22 @@ def run(part: Part) -> None:
     with tempfile.TemporaryDirectory(prefix="pelton-checks-") as folder:
         for family in families:
             part.check()
-            checked = make(family, small=part.scale.small)
-            if family == families[0]:
-                _guarded(part, family, "sampling", lambda c=checked: _sampling(part, c, Path(folder)))  # type: ignore[misc]
-            _guarded(part, family, "greedy, f32", lambda c=checked: _greedy(part, c, Path(folder)))  # type: ignore[misc]
-            for dtype in part.scale.check_dtypes:
-                part.check()
-                _guarded(
-                    part, family, f"logits, {dtype}",
-                    lambda c=checked, d=dtype: _logits(part, c, Path(folder), d),  # type: ignore[misc]
-                )  # fmt: skip
-            del checked
+            _guarded(part, family, "model", lambda f=family: _family(part, f, Path(folder), f == families[0]))  # type: ignore[misc]
             empty_cache()
     failed = [f"{row['family']} {row['check']}" for row in part.data["rows"] if not row["ok"]]
     part.data["passed"], part.data["failed"] = len(part.data["rows"]) - len(failed), len(failed)
     if failed:
         part.data["problem"] = f"{len(failed)} checks failed: {'; '.join(failed)}"
+
+
+def _family(part: Part, family: str, work: Path, first: bool) -> None:
+    checked = make(family, small=part.scale.small)
+    if first:
+        _guarded(part, family, "sampling", lambda: _sampling(part, checked, work))
+    _greedy(part, checked, work)
+    for dtype in part.scale.check_dtypes:
+        part.check()
+        _guarded(part, family, f"logits, {dtype}", lambda d=dtype: _logits(part, checked, work, d))  # type: ignore[misc]
 
 
 def _guarded(part: Part, family: str, check: str, run: Callable[[], None]) -> None:
@@ -84,14 +84,23 @@ def _options(part: Part, folder: Path, dtype: str) -> dict[str, Any]:
 def _greedy(part: Part, checked: Checked, work: Path) -> None:
     folder, _, model = checked.saved(work / checked.family, "f32")
     prompts, count = _prompts(part, checked), part.scale.check_tokens
-    on_cpu = _answers(_options(part, folder, "f32") | {"device": "cpu"}, prompts, count)
-    _compare(part, checked, model, prompts, on_cpu, "greedy, f32, CPU backend")
-    for graphs in (True, False):
-        options = _options(part, folder, "f32") | {"device": "cuda", "enforce_eager": not graphs}
-        found = _answers(options, prompts, count)
-        check = f"greedy, f32, graphs {'on' if graphs else 'off'}"
-        same = sum(a == b for a, b in zip(found, on_cpu, strict=True))
-        _compare(part, checked, model, prompts, found, check, same_as_cpu=f"{same} of {len(prompts)}")
+    answers: dict[str, list[list[int]]] = {}
+
+    def answer(name: str, options: dict[str, Any]) -> None:
+        found = _answers(_options(part, folder, "f32") | options, prompts, count)
+        answers[name] = found
+        same = sum(a == b for a, b in zip(found, answers.get("CPU backend", ()), strict=False))
+        check, of_cpu = f"greedy, f32, {name}", f"{same} of {len(prompts)}"
+        _compare(part, checked, model, prompts, found, check, same_as_cpu=of_cpu)
+
+    ways: dict[str, dict[str, Any]] = {
+        "CPU backend": {"device": "cpu"},
+        "graphs on": {"device": "cuda", "enforce_eager": False},
+        "graphs off": {"device": "cuda", "enforce_eager": True},
+    }
+    for name, options in ways.items():
+        part.check()
+        _guarded(part, checked.family, f"greedy, f32, {name}", lambda n=name, o=options: answer(n, o))  # type: ignore[misc]
 
 
 def _answers(options: dict[str, Any], prompts: list[list[int]], count: int) -> list[list[int]]:

@@ -8,12 +8,13 @@ one; *wall* seconds go from one token to the next and have Python's share.
 from __future__ import annotations
 
 import statistics
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .model import loaded
-from .part import Part, Row
+from .part import OutOfTimeError, Part, Row
 from .peaks import Meter
 
 if TYPE_CHECKING:
@@ -143,9 +144,16 @@ def run(part: Part) -> None:
     try:
         for graphs in (True, False):
             part.check()
-            with loaded(part, **limits, enforce_eager=not graphs) as (built, config):
-                for ahead in (True, False) if graphs else (True,):
-                    _one_sequence(part, built, replace(config, async_scheduling=ahead), found, graphs)
+            try:
+                with loaded(part, **limits, enforce_eager=not graphs) as (built, config):
+                    for ahead in (True, False) if graphs else (True,):
+                        _one_sequence(part, built, replace(config, async_scheduling=ahead), found, graphs)
+            except OutOfTimeError:
+                raise
+            except Exception as error:  # the other way may work
+                part.say(traceback.format_exc())
+                part.data["problem"] = f"CUDA graphs {'on' if graphs else 'off'}: {error!r:.300}"
+                part.data["error"] = part.data.get("error", "") + traceback.format_exc()
     finally:
         found.finish(part)
 

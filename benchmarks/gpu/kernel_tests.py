@@ -20,12 +20,14 @@ def run(part: Part) -> None:
     report.unlink(missing_ok=True)
     command = [
         sys.executable, "-m", "pytest", str(ROOT / "tests" / "backends" / "cuda"), f"--rootdir={ROOT}",
-        "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", f"--junitxml={report}", "--tb=short",
+        "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider", f"--junitxml={report}", "--tb=short", "-vv",
     ]  # fmt: skip
     if part.select:
         command += ["-k", part.select]
     # Not from the root: its folder "pelton" has no compiled extension, the installed one has.
-    process = subprocess.Popen(command, cwd=part.work)
+    log = part.work / "kernel-tests.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=part.work, stdout=file, stderr=subprocess.STDOUT)
     try:
         process.wait(max(1.0, part.left() - 15))
     except subprocess.TimeoutExpired:
@@ -38,7 +40,9 @@ def run(part: Part) -> None:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
     part.data["exit_code"] = process.returncode
-    if not report.exists():
+    if not report.exists():  # the last line names the test that hung or took the process with it
+        part.data["log"] = log.read_text(errors="replace")[-_MOST:]
+        print(part.data["log"])
         raise RuntimeError(f"pytest ended with {process.returncode} and wrote no report")
     summarize(part, report)
 
@@ -58,5 +62,5 @@ def summarize(part: Part, report: Path) -> None:
     part.data.update(counts, slowest=[{"test": n, "seconds": s} for s, n in sorted(slowest, reverse=True)[:10]])
     part.say(", ".join(f"{count} {name}" for name, count in counts.items()))
     part.save()
-    if counts["failed"]:
-        part.data["problem"] = f"{counts['failed']} tests failed"
+    if counts["failed"] or not counts["passed"]:
+        part.data["problem"] = f"{counts['failed']} tests failed" if counts["failed"] else "no test ran"

@@ -32,7 +32,7 @@ def markdown(results: Results) -> str:
         for peak in part.get("peaks", ())[-1:]:
             lines += ["", "Peaks: " + ", ".join(_peak(k, [p[k] for p in part["peaks"]]) for k in peak)]
         if part.get("error"):
-            lines += ["", f"{name}: {part['error']}"]
+            lines += ["", f"{name}:", "", "```", part["error"][-2000:].strip(), "```"]
     return "\n".join(lines) + "\n"
 
 
