@@ -273,13 +273,15 @@ def _backend(config: EngineConfig) -> Backend:
     return CpuBackend(config.isa, threads)
 
 
-def plan(config: EngineConfig) -> Plan:
+def plan(config: EngineConfig, checkpoint: Checkpoint | None = None) -> Plan:
     """Open, trace, rewrite, lower and account; no weight is read.
+
+    checkpoint: in place of the one that the config names, such as one of random weights in memory.
 
     Raises:
         PeltonError: any problem of the checkpoint or the configuration, in one line.
     """
-    checkpoint = open_checkpoint(resolve_model(config.model))
+    checkpoint = checkpoint or open_checkpoint(resolve_model(config.model))
     _check(config)
     backend = _backend(config)
     model = _lowered(config, checkpoint, backend)
@@ -374,20 +376,20 @@ def _kv_spec(config: EngineConfig, context: int, block_bytes: int, free: int, ba
     return KVSpec(num_blocks, config.block_size, block_bytes, min(wanted, num_blocks * config.block_size))
 
 
-def build(config: EngineConfig, progress: Progress | None = None) -> Built:
+def build(config: EngineConfig, progress: Progress | None = None, checkpoint: Checkpoint | None = None) -> Built:
     """Load a model.
 
-    progress is called while weights are packed, which happens only the first time.
+    progress is called while weights are packed, which on CPUs happens only the first time. checkpoint: as for ``plan``.
 
     Raises:
         PeltonError: the model cannot be loaded; the line names cause and remedy.
     """
     with _uncollected():
-        return _build(config, progress)
+        return _build(config, progress, checkpoint)
 
 
-def _build(config: EngineConfig, progress: Progress | None) -> Built:
-    planned = plan(config)
+def _build(config: EngineConfig, progress: Progress | None, checkpoint: Checkpoint | None) -> Built:
+    planned = plan(config, checkpoint)
     planned.check_memory()
     for note in planned.notes:
         warnings.warn(note, stacklevel=4)

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 from .device import empty_cache
 from .part import Part
@@ -42,16 +41,6 @@ def random_checkpoint(config: Mapping[str, Any]) -> Checkpoint:
 
 
 @contextmanager
-def in_place_of_files(checkpoint: Checkpoint) -> Iterator[None]:
-    """``build`` finds this checkpoint, whatever model the config names. Until it takes one as an argument."""
-    with (
-        patch("pelton.build.resolve_model", lambda model: checkpoint.path),
-        patch("pelton.build.open_checkpoint", lambda path: checkpoint),
-    ):
-        yield
-
-
-@contextmanager
 def loaded(part: Part, **options: Any) -> Iterator[tuple[Built, Any]]:
     """(the model on the device, its EngineConfig), with the limits of ``options``."""
     from pelton import EngineConfig
@@ -63,8 +52,7 @@ def loaded(part: Part, **options: Any) -> Iterator[tuple[Built, Any]]:
     empty_cache()
     checkpoint = random_checkpoint(part.scale.config)
     part.say(f"loading {part.scale.model}: {options}")
-    with in_place_of_files(checkpoint):
-        built = build(config)
+    built = build(config, checkpoint=checkpoint)
     spec = built.executor.kv_spec
     part.say(f"loaded: room for {spec.num_blocks * spec.block_size:,} tokens in the KV cache")
     try:
