@@ -247,7 +247,7 @@ def _border(state, list_ptr, work_ptr, size, needed, counted, is_near, BLOCK: tl
     above = tl.full((), 0, tl.int64)  # the mass of what ranks higher than all that is still looked at
     if size > BLOCK:
         lows, highs = tl.full((BLOCK,), _HIGHEST, tl.int64), tl.full((BLOCK,), _LOWEST, tl.int64)
-        counts = tl.zeros((BLOCK,), tl.int32)
+        counts = tl.full((BLOCK,), 0, tl.int32)
         for start in range(0, size, BLOCK):
             rank, _, _, _ = _ranked(state, list_ptr, start, size, counted, is_near, BLOCK)
             lows = tl.minimum(lows, tl.where(rank > _LOWEST, rank, _HIGHEST))
@@ -257,7 +257,7 @@ def _border(state, list_ptr, work_ptr, size, needed, counted, is_near, BLOCK: tl
         at_low, at_high = tl.sum(counts, 0), tl.full((), 0, tl.int32)  # how many rank from low, above high
         while at_low - at_high > BLOCK:
             middle = _middle(low, high)
-            masses, counts = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int32)
+            masses, counts = tl.full((BLOCK,), 0, tl.int64), tl.full((BLOCK,), 0, tl.int32)
             for start in range(0, size, BLOCK):
                 rank, weight, _, _ = _ranked(state, list_ptr, start, size, counted, is_near, BLOCK)
                 masses += tl.where(rank >= middle, weight, 0)
@@ -295,10 +295,8 @@ def _middle(low, high):
 @triton.jit
 def _sums(state, list_ptr, size, BLOCK: tl.constexpr):
     """Of what is left, the mass and the sum of y times mass."""
-    total, scaled = (
-        tl.zeros((BLOCK,), tl.int64),
-        tl.zeros((BLOCK,), tl.int64),
-    )  # added up at the end: no barriers before
+    # Added up at the end: until then, no warp waits for another.
+    total, scaled = tl.full((BLOCK,), 0, tl.int64), tl.full((BLOCK,), 0, tl.int64)
     for start in range(0, size, BLOCK):
         _, mass, y, _ = _ranked(state, list_ptr, start, size, False, False, BLOCK)
         total += mass
