@@ -74,11 +74,12 @@ def test_filters_leave_what_the_definition_leaves(block, spread, params):
 
 
 def test_what_top_p_shares_is_what_top_k_left():
-    """Also if there are no more tokens that reach a level than top-k leaves."""
-    rows = np.full((2, 200), -3 * math.log(2), np.float32)
+    """Also if there are no more tokens that reach a level than top-k leaves, and whatever min-p thinks of them."""
+    rows = np.full((4, 200), -3 * math.log(2), np.float32)
     rows[:, [150, 70]] = 0, -1.5 * math.log(2)
-    seeds = [seed for seed in range(50) if uniform(seed, 0) < 0.2][:2]  # would draw 70, were it left
-    check(rows, [SamplingParams(top_k=2, top_p=0.7)] * 2, seeds, block=256)
+    seeds = [seed for seed in range(100) if uniform(seed, 0) < 0.2][:4]  # draw 70 if it is left
+    params = [SamplingParams(top_k=2, top_p=0.7), SamplingParams(top_k=50, top_p=0.15, min_p=0.2)] * 2
+    check(rows, params, seeds, block=256)
 
 
 logit = st.integers(-20, 20) | st.sampled_from([0.0, -0.0, -math.inf, 3e38, -3e38, 1e-40, -1e-40])
@@ -111,12 +112,20 @@ def test_zeros_of_either_sign_are_equal():
     check(row, [SamplingParams(temperature=0)] * 2, [0, 1])
 
 
-def test_a_target_at_the_border_of_two_tokens_draws_the_second():
-    words = np.stack([request_words(p) for p in (SamplingParams(), SamplingParams(min_p=0.5))] * 2)
-    words[:, 8:10] = np.array([2**52] * 2 + [2**52 - 1] * 2).view(np.int32).reshape(4, 2)
-    row = np.full((4, 100), -np.inf, np.float32)
-    row[:, [3, 99]] = 0
-    assert run(row, words)[0] == [99, 99, 3, 3]
+def test_borders_are_exact():
+    """Two tokens, each with half of the mass, in different chunks."""
+    row = np.full((1, 200), -np.inf, np.float32)
+    row[:, [3, 150]] = 0
+    for params, bits, token in (
+        (SamplingParams(), 2**52, 150),
+        (SamplingParams(), 2**52 - 1, 3),
+        (SamplingParams(min_p=0.5), 2**52, 150),
+        (SamplingParams(min_p=0.5), 2**52 - 1, 3),
+        (SamplingParams(top_p=0.5), 2**53 - 1, 3),
+        (SamplingParams(top_p=math.nextafter(0.5, 1)), 2**53 - 1, 150),
+    ):
+        words = sampling_words([request_words(params)], np.array([bits], np.uint64))
+        assert run(row, words)[0] == [token], (params, bits)
 
 
 def test_a_batch_may_hold_anything():
@@ -126,7 +135,7 @@ def test_a_batch_may_hold_anything():
     logits[3, 250] = np.nan
     logits[4, 3] = np.inf
     logits[5] = -np.inf
-    logits[6, 9] = np.nan
+    logits[6, 9] = np.copysign(np.nan, -1)
     params = [SamplingParams(top_p=0.8), SamplingParams(), *[SamplingParams(temperature=0)] * 2,
               *[SamplingParams(top_k=3)] * 2]  # fmt: skip
     words = np.zeros((7, NUM_WORDS), np.int32)  # the last is padding

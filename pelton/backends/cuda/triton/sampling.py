@@ -246,20 +246,23 @@ def _border(state, list_ptr, work_ptr, size, needed, counted, is_near, BLOCK: tl
     """The largest rank whose token, with all that rank higher, weighs ``needed``; see :func:`_ranked`."""
     above = tl.full((), 0, tl.int64)  # the mass of what ranks higher than all that is still looked at
     if size > BLOCK:
-        low, high = tl.full((), _HIGHEST, tl.int64), tl.full((), _LOWEST, tl.int64)
-        at_low, at_high = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)  # how many rank from low, above high
+        lows, highs = tl.full((BLOCK,), _HIGHEST, tl.int64), tl.full((BLOCK,), _LOWEST, tl.int64)
+        counts = tl.full((BLOCK,), 0, tl.int32)
         for start in range(0, size, BLOCK):
             rank, _, _, _ = _ranked(state, list_ptr, start, size, counted, is_near, BLOCK)
-            low = tl.minimum(low, tl.min(tl.where(rank > _LOWEST, rank, _HIGHEST), 0))
-            high = tl.maximum(high, tl.max(rank, 0))
-            at_low += tl.sum((rank > _LOWEST).to(tl.int32), 0)
+            lows = tl.minimum(lows, tl.where(rank > _LOWEST, rank, _HIGHEST))
+            highs = tl.maximum(highs, rank)
+            counts += (rank > _LOWEST).to(tl.int32)
+        low, high = tl.min(lows, 0), tl.max(highs, 0)
+        at_low, at_high = tl.sum(counts, 0), tl.full((), 0, tl.int32)  # how many rank from low, above high
         while at_low - at_high > BLOCK:
             middle = _middle(low, high)
-            mass, count = tl.full((), 0, tl.int64), tl.full((), 0, tl.int32)
+            masses, counts = tl.full((BLOCK,), 0, tl.int64), tl.full((BLOCK,), 0, tl.int32)
             for start in range(0, size, BLOCK):
                 rank, weight, _, _ = _ranked(state, list_ptr, start, size, counted, is_near, BLOCK)
-                mass += tl.sum(tl.where(rank >= middle, weight, 0), 0)
-                count += tl.sum((rank >= middle).to(tl.int32), 0)
+                masses += tl.where(rank >= middle, weight, 0)
+                counts += (rank >= middle).to(tl.int32)
+            mass, count = tl.sum(masses, 0), tl.sum(counts, 0)
             if mass >= needed:
                 low, at_low = middle, count
             else:
@@ -292,13 +295,14 @@ def _middle(low, high):
 @triton.jit
 def _sums(state, list_ptr, size, BLOCK: tl.constexpr):
     """Of what is left, the mass and the sum of y times mass."""
-    total, scaled = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
+    # Added up at the end: until then, no warp waits for another.
+    total, scaled = tl.full((BLOCK,), 0, tl.int64), tl.full((BLOCK,), 0, tl.int64)
     for start in range(0, size, BLOCK):
         _, mass, y, _ = _ranked(state, list_ptr, start, size, False, False, BLOCK)
-        total += tl.sum(mass, 0)
+        total += mass
         product = y.to(tl.float64) * mass.to(tl.float64)  # exact: both have 24 bits
-        scaled += tl.sum(((product + 6755399441055744.0) - 6755399441055744.0).to(tl.int64), 0)  # ties to even
-    return total, scaled
+        scaled += ((product + 6755399441055744.0) - 6755399441055744.0).to(tl.int64)  # ties to even
+    return tl.sum(total, 0), tl.sum(scaled, 0)
 
 
 @triton.jit
