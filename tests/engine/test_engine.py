@@ -1,10 +1,11 @@
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pelton.backends.base import StepStats
+from pelton.backends.base import Batch, StepStats
 from pelton.config import SamplingParams
 from pelton.engine.engine import EngineOutput, LLMEngine
 from pelton.engine.sampling import HostSampler
@@ -289,3 +290,37 @@ def test_a_step_of_64_sequences_takes_little_python_time():
 
 if __name__ == "__main__":
     print(f"{measure_step_seconds() * 1e6:.0f} µs per step of 64 sequences")
+
+
+def test_steps_are_decided_ahead_while_others_wait_for_a_seat():
+    engine = engine_on(FakeExecutor(), max_num_seqs=2, async_scheduling=True)
+    for name in "abcd":
+        engine.add_request(name, [1, 2, 3], replace(GREEDY, max_tokens=6, ignore_eos=True))
+    for _ in range(4):
+        engine.step()
+    assert len(engine._state.waiting) == 2 and engine.stats().steps_ahead == 4
+    tokens, _ = finish_all(engine)
+    assert [len(tokens[name]) for name in "abcd"] == [2, 2, 6, 6]  # beside the four of each that came before
+    # One of higher priority may take a seat, which is decided when it is known who has ended.
+    urgent = engine_on(FakeExecutor(), max_num_seqs=2, async_scheduling=True)
+    for name in "ab":
+        urgent.add_request(name, [1, 2, 3], replace(GREEDY, max_tokens=9, ignore_eos=True))
+    urgent.step()
+    urgent.add_request("c", [1], replace(GREEDY, max_tokens=2), priority=-1)
+    before = urgent.stats().steps_ahead
+    urgent.step()
+    assert urgent.stats().steps_ahead == before
+
+
+def test_a_profile_that_fails_leaves_the_requests_as_they_were():
+    class Broken(FakeExecutor):
+        def profile(self, batch: Batch) -> None:
+            raise RuntimeError("no profile")
+
+    engine = engine_on(Broken())
+    engine.add_request("a", [1, 2, 3], replace(GREEDY, max_tokens=2, ignore_eos=True))
+    engine.profile_next = True
+    with pytest.raises(RuntimeError, match="no profile"):
+        engine.step()
+    tokens, _ = finish_all(engine)
+    assert len(tokens["a"]) == 2

@@ -235,3 +235,24 @@ def test_recorded_steps_are_replayed_not_run_anew() -> None:
         sequences.step(a=ids(2))
         sequences.step(a=ids(1))
         assert [s.tiles > 0 for s in frames] == [True, False] and frames[1].tokens == 1
+
+
+def test_a_submit_that_fails_changes_nothing() -> None:
+    folder, _ = tiny_checkpoint("llama", layers=1)
+    run = executor(folder, graphs=False)
+    decoder = Decoder(run)
+    decoder.specs = {n: SampleSpec(PARAMS["greedy"], (), [], 0) for n in "ab"}
+    first = run.submit(Batch((decoder.scheduled("a", ids(3)), decoder.scheduled("b", ids(5, 1)))))
+    following = Batch((decoder.scheduled("b", [PENDING]), decoder.scheduled("a", [PENDING])))
+    launches, run._launches[:] = list(run._launches), [lambda frame: (_ for _ in ()).throw(MemoryError("none left"))]
+    with pytest.raises(MemoryError):
+        run.submit(following)
+    run._launches[:] = launches
+    second = run.submit(following)  # once more: the tokens it waits for are still those of the first step
+    tokens = [t[0].token_id for t in run.collect(first).tokens]
+    got = [t[0].token_id for t in run.collect(second).tokens]
+    other = Decoder(run)
+    other.sequences.free, other.specs = list(range(40, 64)), decoder.specs
+    run.collect(run.submit(Batch((other.scheduled("a", ids(3)), other.scheduled("b", ids(5, 1))))))
+    last = Batch((other.scheduled("b", tokens[1:]), other.scheduled("a", tokens[:1])))
+    assert got == [t[0].token_id for t in run.collect(run.submit(last)).tokens]
