@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pelton.backends import kept_peaks
 from pelton.backends.cpu import peaks
 
 
@@ -24,7 +25,7 @@ class Machine:
 def machine(monkeypatch, tmp_path):  # type: ignore[no-untyped-def]
     machine = Machine(30.0, 20.0, 50.0, 10.0)
     monkeypatch.setenv("PELTON_CACHE", str(tmp_path))
-    monkeypatch.setattr(peaks.time, "time", lambda: machine.now)
+    monkeypatch.setattr(kept_peaks.time, "time", lambda: machine.now)
     monkeypatch.setattr("pelton.backends.cpu._native.measure_peaks", machine.measure)
     return machine
 
