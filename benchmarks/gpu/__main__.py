@@ -5,11 +5,11 @@
   kernels       the repository's tests of the CUDA backend
   checks        whole small models against transformers and against the CPU backend
   peaks         bytes per second of a copy, FLOP per second of matrix products
-  decode        one sequence: TTFT, TPOT, MBU, MFU, how busy the device is; with CUDA graphs and without
+  decode        one sequence: TTFT, TPOT, MBU, MFU, device seconds over all; with CUDA graphs and without
   sweep         batches of 1 to 256
   inflight      in-flight beside static batching, on ShareGPT's lengths
   transformers  the same shapes in transformers
-  profile       seconds per kernel
+  profile       seconds per kernel, and how busy the device is
 
 A part that fails is noted and the next one goes on. A part that runs out of its time keeps what it has. After every
 part, --output has all results as JSON and, beside it, the tables as Markdown; parts that ran before are kept there.
@@ -19,7 +19,8 @@ need transformers, kernels pytest, install a C++ compiler, CMake and what pyproj
 Examples:
   python benchmarks/gpu/run.py --tiny                     # does everything work here? Also without a GPU, slowly
   python benchmarks/gpu/run.py                            # all of it: about 20 minutes
-  python benchmarks/gpu/run.py --wheels wheels --parts install,kernels,checks --budget 570
+  python benchmarks/gpu/run.py --wheels wheels --parts install,decode,profile,sweep --budget 570 --output gpu.json
+  python benchmarks/gpu/run.py --parts kernels,checks --budget 570 --output gpu.json    # the same machine, later
   python benchmarks/gpu/run.py --parts decode,profile --seconds 60
 """
 
@@ -35,6 +36,7 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import suppress
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
@@ -118,7 +120,7 @@ def run_parts(names: list[str], args: argparse.Namespace, arguments: list[str]) 
     for name in names:
         seconds = args.seconds or float(PARTS[name][2])
         if args.budget is not None:
-            seconds = min(seconds, args.budget - (time.monotonic() - begin) - 5)
+            seconds = min(seconds, args.budget - (time.monotonic() - begin) - _GRACE - 15)
         done = {"status": "skipped", "problem": "no time was left"}
         if seconds >= 10:
             about = {"command": command, "date": datetime.now().isoformat(timespec="seconds")}
@@ -195,7 +197,8 @@ def _kill(child: subprocess.Popen[bytes]) -> None:
             break
         except subprocess.TimeoutExpired:
             continue
-    child.wait()
+    with suppress(subprocess.TimeoutExpired):  # it may be stuck in the driver
+        child.wait(5)
 
 
 def _default_output(args: argparse.Namespace) -> Path:
@@ -211,15 +214,19 @@ def _default_output(args: argparse.Namespace) -> Path:
 
 
 def _commit(given: str) -> dict[str, Any]:
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
+    def git(*arguments: str) -> str | None:
+        """None without git, or outside of a repository."""
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
 
-    try:
-        return {"commit": given or git("rev-parse", "--short", "HEAD"),
-                "uncommitted_changes": bool(git("status", "--porcelain"))}  # fmt: skip
-    except OSError:  # no git
-        return {"commit": given, "uncommitted_changes": None}
+    changes = git("status", "--porcelain")
+    return {
+        "commit": given or git("rev-parse", "--short", "HEAD") or "",
+        "uncommitted_changes": None if changes is None else bool(changes),
+    }
 
 
 def _without_folders(arguments: list[str]) -> list[str]:

@@ -61,6 +61,8 @@ def _guarded(part: Part, family: str, check: str, run: Callable[[], None]) -> No
     except (OutOfTimeError, KeyboardInterrupt):
         raise
     except Exception as error:
+        if "CUDA error" in str(error):  # the context is lost: nothing that follows would say anything
+            raise
         part.row(family=family, check=check, ok=False, error=repr(error)[:300], traceback=traceback.format_exc())
 
 

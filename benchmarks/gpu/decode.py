@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +112,7 @@ def utilization(decode: Steps, prefill: Steps, meter: Meter) -> Row:
         "mbu_wall": mbu(decode.bytes, decode.wall, meter.bandwidth),
         "mfu_decode": mfu(decode.flops, decode.device, meter.flops),
         "mfu_prefill": mfu(prefill.flops, prefill.device, meter.flops),
-        "busy": decode.device / decode.wall if decode.wall else 0.0,
+        "device_to_wall": decode.device / decode.wall if decode.wall else 0.0,
         "device_ms": 1e3 * decode.device / max(decode.count, 1),
         "step_ms": 1e3 * decode.wall / max(decode.count, 1),
     }
@@ -129,7 +130,8 @@ class Utilization:
         self._rows.append((row, decode, prefill))
 
     def finish(self, part: Part) -> None:
-        self.meter.measure()
+        with suppress(RuntimeError):  # a broken device: what broke it is to be told
+            self.meter.measure()
         for row, decode, prefill in self._rows:
             row.update(utilization(decode, prefill, self.meter))
         part.save()

@@ -44,7 +44,7 @@ def run(part: Part) -> None:
                     part, steady(done, scale.seats), prefill_steps(done), batching=batching, requests=len(asked),
                     seats=scale.seats, output_tokens_per_s=rates[batching], seconds=done.seconds,
                     to_static=None, running_mean=statistics.fmean(s.num_running for s in done.steps),
-                    device_to_wall=sum(s.seconds for s in done.steps) / done.seconds,
+                    device_to_wall_of_all=sum(s.seconds for s in done.steps) / done.seconds,
                     ttft_p50_ms=1e3 * percentile(ttft, 50), ttft_p99_ms=1e3 * percentile(ttft, 99),
                     itl_p50_ms=1e3 * percentile(itl, 50), itl_p99_ms=1e3 * percentile(itl, 99),
                     output_sha256=output_digest(done),

@@ -86,8 +86,8 @@ def run(part: Part) -> None:
     scale = part.scale
     peer.seconds([scale.batch_prompt_len], 4)
     _one(part, peer)
-    _sharegpt(part, peer)
     _batches(part, peer)
+    _sharegpt(part, peer)
 
 
 def _one(part: Part, peer: Peer) -> None:
@@ -121,13 +121,13 @@ def _batches(part: Part, peer: Peer) -> None:
 
 
 def _sharegpt(part: Part, peer: Peer) -> None:
-    """As many static batches as a third of the time allows; tokens that nobody asked for do not count."""
+    """As many static batches as the time allows; tokens that nobody asked for do not count."""
     scale = part.scale
-    until, tokens, seconds, done = part.left() * 2 / 3, 0, 0.0, 0
+    tokens, seconds, done = 0, 0.0, 0
     asked = lengths(part)
     for start in range(0, len(asked), scale.seats):
         some = asked[start : start + scale.seats]
-        if (len(some) < scale.seats and done) or part.left() < until:
+        if done and (len(some) < scale.seats or part.left() < 1.2 * seconds * scale.seats / done):
             break
         seconds += peer.seconds([p for p, _ in some], max(o for _, o in some))
         tokens += sum(o for _, o in some)

@@ -18,9 +18,9 @@ def call_costs(program: Program, compute: DType) -> list[CallCost]:
     return [_cost(program, types, call, compute) for call in program.calls]
 
 
-def read_once(program: Program, compute: DType) -> int:
-    """Bytes of the weights that every step reads."""
-    return sum(int(cost.streamed.get("1", 0)) for cost in call_costs(program, compute))
+def step_bytes(program: Program, compute: DType) -> Cost:
+    """Bytes that a step moves, all calls together."""
+    return total([part for cost in call_costs(program, compute) for part in (cost.streamed, cost.activations)])
 
 
 def _cost(program: Program, types: list[DType], call: Call, compute: DType) -> CallCost:

@@ -18,7 +18,7 @@ from ..host import AdapterPart, BatchExecutor, check_blocks
 from ..step_inputs import StepInputs
 from . import weights
 from .calls import Lowering
-from .costs import call_costs, read_once
+from .costs import call_costs, step_bytes
 from .device import Device, Mark
 from .graphs import Capture, CudaCapture, Graphs
 from .inputs import Ints, Sizes, padded
@@ -66,8 +66,7 @@ class CudaExecutor(BatchExecutor):
         on_sent: Callable[[int], None] = lambda size: None,
         capture: Callable[[Device], Capture] | None = CudaCapture,
     ) -> None:
-        num_bytes = {**program.bytes, "1": float(read_once(program, compute))}
-        super().__init__(kv_spec, sampler, program.flops, num_bytes, program.adapters)
+        super().__init__(kv_spec, sampler, program.flops, step_bytes(program, compute), program.adapters)
         self.program = program
         self._compute = compute
         self.precision = compute.name
@@ -106,18 +105,20 @@ class CudaExecutor(BatchExecutor):
 
     def run_largest_step(self) -> None:
         """Take all memory that any step takes, and compile its kernels. The KV cache is lost."""
-        limits = self.program.limits
-        tokens = min(limits["T"], self._kv_spec.max_model_len)
-        size = self._kv_spec.block_size
+        limits, longest = self.program.limits, self._kv_spec.max_model_len
+        lens = [longest] * min(limits["T"] // longest, limits["S"])
+        if len(lens) < limits["S"] and limits["T"] % longest:
+            lens.append(limits["T"] % longest)
+        tokens, size = sum(lens), self._kv_spec.block_size
         with self._device.active():
             self._new_caches(1)
-            tiles = self._memory.heads.tiles([tokens], [tokens])
-            sizes = Sizes(tokens, 1, min(limits["N"], tokens), min(limits["L"], tokens), 0, len(tiles))
+            tiles = self._memory.heads.tiles(lens, lens)
+            sizes = Sizes(tokens, len(lens), min(limits["N"], tokens), min(limits["L"], tokens), 0, len(tiles))
             arrays = {
-                "seq_lens": np.array([tokens], np.int32),
-                "query_start_loc": np.array([0, tokens], np.int32),
+                "seq_lens": np.array(lens, np.int32),
+                "query_start_loc": np.cumsum([0, *lens], dtype=np.int32),
                 "tiles": tiles,
-                "block_table": np.zeros((1, -(-tokens // size)), np.int32),  # one block, again and again
+                "block_table": np.zeros((len(lens), -(-lens[0] // size)), np.int32),  # one block, again and again
             }
             self._memory.inputs.write(sizes, arrays)
             frame = self._memory.frame(sizes)
@@ -162,19 +163,22 @@ class CudaExecutor(BatchExecutor):
             self._memory.scratch,
         )  # fmt: skip
 
-    def _execute(self, inputs: StepInputs, words: Ints | None) -> None:
-        """Start a step. Without ``words`` nothing is sampled on the device."""
+    def _execute(self, inputs: StepInputs, words: Ints | None) -> Mark:
+        """Start a step; since when the device works on it. Without ``words`` nothing is sampled on the device."""
         num_tokens, num_seqs, num_rows, num_logits = inputs.dims
         if self._graphs is not None and num_tokens == num_seqs == num_rows == num_logits:
             bucket = self._graphs.bucket(num_seqs)
             arrays = inputs.arrays if words is None else {**inputs.arrays, "sampling": words}
             self._memory.inputs.write(Sizes.decode(bucket), padded(arrays, bucket))
+            begin = self._device.mark()
             self._graphs.replay(bucket)
-            return
+            return begin
         frame = self._send(inputs, words)
+        begin = self._device.mark()
         self._forward(frame)
         if words is not None and num_logits:
             self._sample_on_device(frame)
+        return begin
 
     def _send(self, inputs: StepInputs, words: Ints | None) -> Frame:
         """The frame of a step of any kind, its inputs on their way."""
@@ -223,8 +227,7 @@ class CudaExecutor(BatchExecutor):
 
     def _run(self, inputs: StepInputs) -> tuple[npt.NDArray[np.float32], float]:
         with self._device.active():
-            begin = self._device.mark()
-            self._execute(inputs, None)
+            begin = self._execute(inputs, None)
             end = self._device.mark()
         end.wait()
         return self._fetched(self.program.output, inputs.shape.num_logits), end.seconds_since(begin)
@@ -261,9 +264,8 @@ class CudaExecutor(BatchExecutor):
                 pending[place] = 2 * row
         step.inputs.arrays["pending"] = pending
         with self._device.active():
-            step.begin = self._device.mark()
             self._copy_blocks(step.batch.copies)
-            self._execute(step.inputs, step.words)
+            step.begin = self._execute(step.inputs, step.words)
             self._rows = {}
             if step.words is not None:
                 self._rows = _last_rows(step.batch)

@@ -16,7 +16,7 @@ Capture: TypeAlias = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 def buckets_for(max_num_seqs: int) -> list[int]:
-    """Powers of two and the numbers half way between, up to ``max_num_seqs``: at most a third of a step is padding."""
+    """Powers of two and the numbers half way between, up to ``max_num_seqs``: of a step, 3/8 are padding at most."""
     steps = [1, 2, 4, *(n << shift for shift in range(2, 20) for n in (2, 3))]
     return [*(n for n in steps if n < max_num_seqs), max_num_seqs]
 
