@@ -20,7 +20,7 @@ from . import weights
 from .calls import Lowering
 from .costs import call_costs, step_bytes
 from .device import Device, Mark
-from .graphs import Capture, CudaCapture, Graphs
+from .graphs import Capture, CudaCapture, Graphs, buckets_for
 from .inputs import Ints, Sizes, padded
 from .lora import AdapterTensors
 from .memory import TORCH_TYPES, Frame, StepMemory
@@ -124,9 +124,10 @@ class CudaExecutor(BatchExecutor):
             frame = self._memory.frame(sizes)
             self._forward(frame)
             self._sample_on_device(frame)
-            self._send_padding(limits["S"])
-            self._run_decode(limits["S"])
-            self._device.synchronize()
+            for bucket in buckets_for(limits["S"]):  # attention is compiled for each number of splits
+                self._send_padding(bucket)
+                self._run_decode(bucket)
+                self._device.synchronize()
 
     def allocate(self, kv_spec: KVSpec) -> None:
         """Make the KV cache, and record decode steps on it."""

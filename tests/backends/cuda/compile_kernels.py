@@ -118,7 +118,7 @@ def launch_everything() -> None:
         sampling.sample(_ints(32, 2), logits, words, scratch)
     widths = (4096, 1024, 1024)
     parts = lora.lora_parts(widths, torch.device("meta"))
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         tables = _t(4, 3 * 16, 4096, dtype=dtype), _t(4, sum(widths), 16, dtype=dtype)
         lora.lora(qkv, qkv, x, *tables, _ints(32), parts, _floats(32, 3 * 16))
 

@@ -214,7 +214,7 @@ def test_chunks_and_tokens_of_one_step() -> None:
     step.check()
 
 
-@pytest.mark.parametrize("name", ["groups of three", "window", "bf16"])
+@pytest.mark.parametrize("name", ["groups of three", "window", "bf16", "f16"])
 def test_a_token_does_not_depend_on_its_chunk_or_company(name: str) -> None:
     """Bit by bit: the tiles of another chunk begin elsewhere, other sequences come and go."""
     whole = Step(SHAPES[name], [(90, 90)])

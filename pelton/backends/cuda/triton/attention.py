@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import dot, next_power_of_2, tanh
+from .common import FUSED, dot, next_power_of_2, tanh
 
 Ints = npt.NDArray[np.int32]
 
@@ -285,13 +285,13 @@ def _decode_kernel(
         tl.store(sums_ptr + 2 * at, top, mask=exists)
         tl.store(sums_ptr + 2 * at + 1, total, mask=exists)
     else:
-        result = acc / tl.where(total > 0, total, 1.0)[:, None]  # zeros of a padding sequence
+        result = acc / tl.where(seq_len > 0, total, 1.0)[:, None]  # zeros of a padding sequence
         tl.store(out_ptr + query * out_stride + column, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _merge_kernel(
-    out_ptr, workspace_ptr, starts_ptr, rows_ptr, out_stride,
+    out_ptr, workspace_ptr, seq_lens_ptr, starts_ptr, rows_ptr, out_stride,
     SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A program per row and query head: the splits of ``_decode_kernel`` become one."""
@@ -307,7 +307,7 @@ def _merge_kernel(
     acc = tl.load(workspace_ptr + (at * HEAD_DIM)[:, None] + d[None, :], mask=(d < HEAD_DIM)[None, :], other=0.0)
     weight = tl.exp2(top - tl.max(top, 0))
     total = tl.sum(total * weight, 0)
-    result = tl.sum(acc * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    result = tl.sum(acc * weight[:, None], 0) / tl.where(tl.load(seq_lens_ptr + sequence) > 0, total, 1.0)
     out_at = out_ptr + tl.load(starts_ptr + sequence).to(tl.int64) * out_stride + head * HEAD_DIM + d
     tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=d < HEAD_DIM)
 
@@ -329,7 +329,7 @@ def _constants(cache: torch.Tensor, tile: _Tile, group: int, heads: int, window:
         "EXACT": cache.dtype == torch.float32,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
-        "enable_fp_fusion": True,  # scores are multiplied and added to in one instruction; not every Triton's default
+        **FUSED,
     }
 
 
@@ -402,6 +402,6 @@ def decode_attention(
     )  # fmt: skip
     if num_splits > 1:
         _merge_kernel[(len(rows), num_heads)](
-            out, workspace, query_start_loc, rows, out.stride(0),
-            SPLITS=num_splits, HEAD_DIM=head_dim, BLOCK_D=constants["BLOCK_D"],
+            out, workspace, seq_lens, query_start_loc, rows, out.stride(0),
+            SPLITS=num_splits, HEAD_DIM=head_dim, BLOCK_D=constants["BLOCK_D"], **FUSED,
         )  # fmt: skip

@@ -8,6 +8,9 @@ import triton.language as tl
 #: Kernels run in Triton's interpreter, on the host. ``TRITON_INTERPRET=1`` at the first import asks for it.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
+#: Of a launch: a product and a sum may be one instruction. Said aloud, as Triton's default changes with its versions.
+FUSED = {"enable_fp_fusion": True}
+
 _UPCAST: tl.constexpr = tl.constexpr(INTERPRETED)
 
 

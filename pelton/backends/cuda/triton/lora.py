@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import dot, next_power_of_2
+from .common import FUSED, dot, next_power_of_2
 
 #: Rows of a tile: the fewest that a product takes.
 _ROWS = 16
@@ -197,6 +197,7 @@ def lora(
         BLOCK_R=block_r,
         BLOCK_K=32 if exact else 256,
         num_stages=4,
+        **FUSED,
     )
     _expand_kernel[(tiles, parts.blocks.shape[0], shares)](
         out,
@@ -214,4 +215,5 @@ def lora(
         BLOCK_T=_ROWS,
         BLOCK_C=_COLUMNS,
         BLOCK_R=16 if exact else min(64, max(16, next_power_of_2(rank))),
+        **FUSED,
     )

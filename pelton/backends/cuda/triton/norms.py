@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import next_power_of_2
+from .common import FUSED, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["units"])
@@ -96,6 +96,7 @@ def _norm(
         UNITS=units,
         BLOCK=block,
         num_warps=min(16, units * block // 256),
+        **FUSED,
     )
 
 

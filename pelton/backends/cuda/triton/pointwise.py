@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ....graph.ops import GATE_BLOCK
-from .common import next_power_of_2, tanh
+from .common import FUSED, next_power_of_2, tanh
 
 #: Elements of a program. 8 a thread with the default of 4 warps: whole 16-byte accesses of 16-bit types, and no element
 #: in two threads, so that an output may be an input.
@@ -90,6 +90,7 @@ def _pointwise(
         ALTERNATE=alternate,
         ROWS=tile_rows,
         BLOCK=block,
+        **FUSED,
     )
 
 
@@ -150,7 +151,7 @@ def gather_rows(out: torch.Tensor, table: torch.Tensor, indices: torch.Tensor) -
         return
     block = min(_TILE, next_power_of_2(columns))
     _gather_rows_kernel[(rows, triton.cdiv(columns, block))](
-        out, table, indices, columns, out.stride(0), table.stride(0), BLOCK=block
+        out, table, indices, columns, out.stride(0), table.stride(0), BLOCK=block, **FUSED
     )
 
 

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import next_power_of_2
+from .common import FUSED, next_power_of_2
 
 _NUM_WARPS = 2
 
@@ -163,6 +163,7 @@ def _launch(
         PAIR_BLOCK=pair_block,
         REST_BLOCK=next_power_of_2(rest) if rest else 0,
         num_warps=_NUM_WARPS,
+        **FUSED,
     )
 
 

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from ....config import SamplingParams
-from .common import next_power_of_2
+from .common import FUSED, next_power_of_2
 
 Words = npt.NDArray[np.int32]
 
@@ -96,7 +96,7 @@ def sample(
     row_words = _row_words(vocab, block)
     grid = (rows, chunks)
     lists = scratch.view(torch.int32)
-    _best_kernel[grid](logits, scratch, vocab, logits.stride(0), row_words, BLOCK=block, num_warps=8)
+    _best_kernel[grid](logits, scratch, vocab, logits.stride(0), row_words, BLOCK=block, num_warps=8, **FUSED)
     # Weights are the same everywhere only if no product and sum become one: see weights() of the definition.
     _levels_kernel[grid](
         logits, words, scratch, vocab, logits.stride(0), words.stride(0), row_words, chunks,
