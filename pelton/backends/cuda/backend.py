@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -126,6 +127,12 @@ class CudaBackend:
                 f"weights and steps leave {human(self.available())} for the KV cache, a context of "
                 f"{spec.max_model_len:,} tokens needs {human(needed)}",
                 remedy,
+            )
+        if length < spec.max_model_len:
+            warnings.warn(
+                f"memory holds a context of {length:,} tokens, not of {spec.max_model_len:,}: weights and steps took "
+                "more than was expected",
+                stacklevel=4,
             )
         for executor in mine:
             own = executor.kv_spec

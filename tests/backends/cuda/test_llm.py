@@ -114,3 +114,15 @@ def test_a_context_that_no_longer_fits_is_refused(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(OutOfMemoryError, match="max_model_len=128 would fit"):
         CudaBackend.settle(backend, [built.executor], config)
     built.close()
+
+
+def test_a_context_that_memory_cuts_down_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pelton.backends.cuda.backend._RESERVE", 0)
+    backend: Any = SimpleNamespace(available=lambda: 1 << 14, __class__=CudaBackend)
+    folder, _ = tiny_checkpoint("llama", layers=1)
+    config = EngineConfig(model=str(folder), device="cuda", max_num_seqs=2, max_num_batched_tokens=16)
+    built = build(config)
+    with pytest.warns(UserWarning, match="a context of 128 tokens, not of 256"):
+        CudaBackend.settle(backend, [built.executor], config)
+    assert built.executor.kv_spec.max_model_len == 128
+    built.close()
