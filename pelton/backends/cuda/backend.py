@@ -120,6 +120,11 @@ class CudaBackend:
         # The ledger's number of blocks, unless what is left by now holds fewer.
         num_blocks = min(spec.num_blocks, max(0, self.available() - _RESERVE) // bytes_per_block)
         length = min(spec.max_model_len, num_blocks * spec.block_size)
+        if config.kv_cache_memory is not None and num_blocks < spec.num_blocks:
+            raise OutOfMemoryError(
+                f"weights and steps leave {human(self.available())} for a KV cache of {human(config.kv_cache_memory)}",
+                f"kv_cache_memory of {human(num_blocks * bytes_per_block)} would fit",
+            )
         if num_blocks < 1 or (config.max_model_len is not None and length < config.max_model_len):
             remedy = f"max_model_len={length} would fit" if length else "raise gpu_memory_utilization"
             needed = -(-spec.max_model_len // spec.block_size) * bytes_per_block

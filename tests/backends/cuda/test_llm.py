@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,6 +114,8 @@ def test_a_context_that_no_longer_fits_is_refused(monkeypatch: pytest.MonkeyPatc
     built = build(config)
     with pytest.raises(OutOfMemoryError, match="max_model_len=128 would fit"):
         CudaBackend.settle(backend, [built.executor], config)
+    with pytest.raises(OutOfMemoryError, match=r"a KV cache of 1.0 MiB; kv_cache_memory of 16.0 KiB would fit"):
+        CudaBackend.settle(backend, [built.executor], replace(config, kv_cache_memory=1 << 20))
     built.close()
 
 
