@@ -11,7 +11,7 @@ from pelton.backends.base import PENDING, Batch, SampleSpec, ScheduledSequence
 from pelton.backends.cuda import graphs
 from pelton.config import SamplingParams
 from pelton.engine.sampling import HostSampler
-from tests.backends.cuda.executors import HostCapture, executor
+from tests.backends.cuda.executors import executor
 from tests.helpers.families import Sequences, tolerance
 from tests.helpers.tiny_models import oracle_logits, tiny_checkpoint
 
@@ -222,19 +222,6 @@ def test_a_step_that_fails_takes_the_one_behind_it_with_it() -> None:
     run._launches[:] = launches
     decoder.sequences.length["a"] = 3
     assert run.collect(run.submit(Batch((decoder.scheduled("a", ids(1)),)))).tokens[0]
-
-
-def test_recorded_steps_are_replayed_not_run_anew() -> None:
-    folder, _ = tiny_checkpoint("llama", layers=1)
-    run = executor(folder)
-    if isinstance(run._capture, type) and issubclass(run._capture, HostCapture):
-        frames = []
-        frame = run._memory.frame
-        run._memory.frame = lambda sizes: (frames.append(sizes), frame(sizes))[1]  # type: ignore[method-assign]
-        sequences = Sequences(run)
-        sequences.step(a=ids(2))
-        sequences.step(a=ids(1))
-        assert [s.tiles > 0 for s in frames] == [True, False] and frames[1].tokens == 1
 
 
 def test_a_submit_that_fails_changes_nothing() -> None:
