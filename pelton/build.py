@@ -260,9 +260,9 @@ def _lowered(config: EngineConfig, checkpoint: Checkpoint, backend: Backend) -> 
 def _backend(config: EngineConfig) -> Backend:
     threads = config.threads or usable_cores()
     if config.device == "cuda":
-        from .backends.cuda.backend import CudaBackend
+        from .backends.cuda import cuda_backend
 
-        return CudaBackend(config, threads)
+        return cuda_backend(config, threads)
     if config.device == "reference":
         from .backends.reference.backend import ReferenceBackend
         from .engine.sampling import HostSampler

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -140,9 +140,7 @@ class BatchExecutor:
         tokens: list[Sequence[SampledToken]] = []
         failures: dict[int, str] = {}
         targets: dict[int, list[dict[int, Logprob]]] = {}
-        end = 0
-        for index, sequence in enumerate(batch.sequences):
-            start, end = end, end + sequence.num_logits
+        for index, (sequence, start, end) in enumerate(rows_of_logits(batch)):
             tokens.append(())
             try:
                 if sequence.targets:
@@ -240,14 +238,23 @@ class HostExecutor(BatchExecutor):
             self._steps.clear()
             raise
         if self._steps:
-            self._sampled = {
-                s.request_id: new[-1].token_id
-                for s, new in zip(step.batch.sequences, output.tokens, strict=True)
-                if new
-            }
+            self._sampled = last_tokens(step.batch, output)
             self._prepare(self._steps[0])
             self._start(self._steps[0])
         return output
+
+
+def rows_of_logits(batch: Batch) -> Iterator[tuple[ScheduledSequence, int, int]]:
+    """Each sequence, and the rows of logits [start, end) that are its."""
+    end = 0
+    for sequence in batch.sequences:
+        start, end = end, end + sequence.num_logits
+        yield sequence, start, end
+
+
+def last_tokens(batch: Batch, output: StepOutput) -> dict[str, int]:
+    """By request, the last token that was sampled."""
+    return {s.request_id: new[-1].token_id for s, new in zip(batch.sequences, output.tokens, strict=True) if new}
 
 
 def check_blocks(count: int, sizes: Sequence[int], blocks: Sequence[npt.NDArray[np.uint8]]) -> None:

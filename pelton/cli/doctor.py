@@ -78,13 +78,12 @@ def doctor(isa: str | None, threads: int | None, as_json: bool) -> None:
 
 def _gpu() -> dict[str, Any]:
     """The GPU that --device cuda takes, with its peaks measured now; or why there is none."""
+    from ..backends.cuda import cuda_backend
     from ..config import EngineConfig
     from ..errors import PeltonError
 
     try:
-        from ..backends.cuda.backend import CudaBackend
-
-        backend = CudaBackend(EngineConfig(device="cuda"), threads=1)
+        backend = cuda_backend(EngineConfig(device="cuda"), threads=1)
     except PeltonError as error:
         return {"missing": str(error)}
     available = backend.available()

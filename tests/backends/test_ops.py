@@ -144,6 +144,15 @@ def pairs(table: Node, ranks: tuple[int, ...]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def give_adapters(graph: Graph, *executors: Any) -> None:
+    """Two random ones for every table that the graph reads."""
+    for table in graph.leaves("input"):
+        if isinstance(table.type, AdapterType):
+            for executor in executors:
+                executor.set_adapter(1, pairs(table, (5, 3, 1)))
+                executor.set_adapter(2, pairs(table, (1, 0, 4)))
+
+
 def steps() -> list[Batch]:
     """A chunk and a prefill; then decode tokens, a chunk and a newcomer: 37 slots over several blocks."""
     ids = [tuple(int(t) for t in np.random.default_rng(i).integers(0, VOCAB, 40)) for i in range(3)]
@@ -185,11 +194,7 @@ def test_kernel_means_what_its_row_says(name: str, isa: str, activations: str) -
     program = lower(graph, {"T": 64, "S": 4, "N": 64}, 64)
     oracle = ReferenceExecutor(graph, values.__getitem__, kv, lambda *_: [])
     native = CpuExecutor(program, values.__getitem__, kv, lambda *_: [], isa=isa, threads=2, activations=activations)
-    for table in graph.leaves("input"):
-        if isinstance(table.type, AdapterType):
-            for executor in (oracle, native):
-                executor.set_adapter(1, pairs(table, (5, 3, 1)))
-                executor.set_adapter(2, pairs(table, (1, 0, 4)))
+    give_adapters(graph, oracle, native)
     every = graph.outputs[0].tensor.shape[0] == "T"
     for batch in steps():
         want = oracle.logits(batch, every=every)

@@ -47,15 +47,17 @@ class Sequences:
 
     def step(self, **tokens: list[int]) -> Any:
         """Append tokens to the named sequences in one batch; float32 logits [sequences, vocab]."""
-        scheduled = []
-        for name, ids in tokens.items():
-            start = self.length.get(name, 0)
-            blocks = self.blocks.setdefault(name, [])
-            while len(blocks) * BLOCK < start + len(ids):
-                blocks.append(self.free.pop())
-            scheduled.append(ScheduledSequence(name, tuple(ids), start, tuple(blocks), spec()))
-            self.length[name] = start + len(ids)
-        return np.array(self.executor.logits(Batch(tuple(scheduled))))
+        scheduled = tuple(self.scheduled(name, ids, spec()) for name, ids in tokens.items())
+        return np.array(self.executor.logits(Batch(scheduled)))
+
+    def scheduled(self, name: str, ids: list[int], sample: SampleSpec) -> ScheduledSequence:
+        """Tokens that follow what the named sequence has, with blocks for them."""
+        start = self.length.get(name, 0)
+        blocks = self.blocks.setdefault(name, [])
+        while len(blocks) * BLOCK < start + len(ids):
+            blocks.append(self.free.pop())
+        self.length[name] = start + len(ids)
+        return ScheduledSequence(name, tuple(ids), start, tuple(blocks), sample)
 
 
 @functools.cache

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from ...config import EngineConfig
-from ...errors import OutOfMemoryError, PeltonError
+from ...errors import OutOfMemoryError
 from ...graph import F32, Graph, GroupQuant
 from ...ledger import human
 from ...program import Program, lower
@@ -17,6 +16,13 @@ from ..base import Executor
 from ..cpu import _native
 from ..cpu.executor import choose_isa
 from ..cpu.sampler import NativeSampler
+from .device import Device
+from .executor import CudaExecutor
+from .graphs import CudaCapture
+from .lora import adapter_bytes
+from .memory import memory_bytes
+from .peaks import measured_peaks
+from .weights import compute_type, device_bytes
 
 #: What libraries take for themselves when a model runs: workspaces of cuBLAS, kernels, recorded graphs. An estimate,
 #: which the largest step puts right before the KV cache is made.
@@ -25,50 +31,26 @@ _RUNTIME_BYTES = 1 << 30
 _RESERVE = 256 << 20
 
 
-def _require_packages() -> None:
-    missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise PeltonError(f"device='cuda' needs {' and '.join(missing)}", "pip install 'pelton[cuda]'")
-
-
 class CudaBackend:
-    """A :class:`~pelton.backends.backend.Backend` on the first GPU.
-
-    Raises:
-        PeltonError: there is none, or something is asked for that has no kernel there.
-    """
+    """A :class:`~pelton.backends.backend.Backend`; made by :func:`pelton.backends.cuda.cuda_backend`."""
 
     fuses_gates = False
     half = "f16"
 
-    def __init__(self, config: EngineConfig, threads: int) -> None:
-        _require_packages()
-        from .device import Device, chosen_device
-
-        for name, allowed in (("quantization", (None,)), ("kv_cache_dtype", ("auto", "f32", "f16", "bf16"))):
-            if getattr(config, name) not in allowed:
-                raise PeltonError(f"{name} {getattr(config, name)!r} has no kernels for GPUs yet", "leave it out")
+    def __init__(self, config: EngineConfig, threads: int, device: Device) -> None:
         self._config = config
-        self._device = Device(chosen_device())
+        self._device = device
         self.isa = self._device.architecture
         self.threads = threads
 
     def lower(self, graph: Graph, limits: Mapping[str, int], max_positions: int) -> Program:
-        from .weights import compute_type
-
         return lower(graph, limits, max_positions, compute_type(graph))
 
     def sizes(self, graph: Graph, program: Program) -> Sizes:
-        from .lora import adapter_bytes
-        from .memory import step_bytes
-        from .weights import compute_type, device_bytes
-
         adapters = sum(adapter_bytes(table.type) for table in program.adapters)
-        return Sizes(device_bytes(program, compute_type(graph)), 0, step_bytes(program), adapters, _RUNTIME_BYTES)
+        return Sizes(device_bytes(program, compute_type(graph)), 0, memory_bytes(program), adapters, _RUNTIME_BYTES)
 
     def notes(self, graph: Graph) -> list[str]:
-        from .weights import compute_type
-
         leaves = {n.name: n.tensor for n in graph.leaves("weight") if isinstance(n.tensor.dtype, GroupQuant)}
         if not leaves:
             return []
@@ -88,8 +70,6 @@ class CudaBackend:
         return self._device.available(self._config.gpu_memory_utilization)
 
     def remedy(self, graph: Graph, needed: int, available: int) -> str:
-        from .weights import compute_type
-
         gpus = -(-needed // max(1, available))
         narrower = "dtype='bf16' takes half of it; or " if compute_type(graph) == F32 else ""
         return f"{narrower}choose a smaller model, or device='cpu': it would take {gpus} such GPUs, and one is used"
@@ -98,10 +78,6 @@ class CudaBackend:
         return free
 
     def executor(self, model: Model, on_packed: Callable[[int], None]) -> Executor:
-        from .executor import CudaExecutor
-        from .graphs import CudaCapture
-        from .weights import compute_type
-
         sampler = NativeSampler(_native.Executor(choose_isa(None), self.threads, 64))
         capture = CudaCapture if self._device.is_cuda and not model.config.enforce_eager else None
         return CudaExecutor(
@@ -110,8 +86,6 @@ class CudaBackend:
         )  # fmt: skip
 
     def settle(self, executors: Sequence[Executor], config: EngineConfig) -> None:
-        from .executor import CudaExecutor
-
         mine = [e for e in executors if isinstance(e, CudaExecutor)]
         for executor in mine:
             executor.run_largest_step()
@@ -144,24 +118,15 @@ class CudaBackend:
             executor.allocate(replace(own, num_blocks=num_blocks, max_model_len=min(own.max_model_len, length)))
 
     def read_bandwidth(self, achieved: float) -> float | None:
-        return self._kept_peaks()["read_bandwidth"]
+        return measured_peaks(self._device)["read_bandwidth"]
 
     def peak_flops(self, executor: Executor) -> float | None:
-        from .executor import CudaExecutor
-
         assert isinstance(executor, CudaExecutor)
-        return self._kept_peaks()[executor.precision]
+        return measured_peaks(self._device)[executor.precision]
 
     def peaks(self) -> dict[str, float]:
         """Measured now: bytes/s as ``read_bandwidth``, FLOP/s by precision."""
-        from .peaks import measured_peaks
-
         return measured_peaks(self._device, fresh=True)
-
-    def _kept_peaks(self) -> dict[str, float]:
-        from .peaks import measured_peaks
-
-        return measured_peaks(self._device)
 
     @property
     def device_name(self) -> str | None:

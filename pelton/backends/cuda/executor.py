@@ -14,14 +14,14 @@ from ...graph import DType
 from ...program import Program, View
 from ...program.weights import Reader
 from ..base import Batch, KVSpec, SampledToken, Sampler, StepOutput, StepProfile, StepStats
-from ..host import AdapterPart, BatchExecutor, check_blocks
-from ..step_inputs import StepInputs
+from ..host import AdapterPart, BatchExecutor, check_blocks, last_tokens, rows_of_logits
+from ..step_inputs import Ints, StepInputs
 from . import weights
 from .calls import Lowering
 from .costs import call_costs, step_bytes
 from .device import Device, Mark
 from .graphs import Capture, CudaCapture, Graphs, buckets_for
-from .inputs import Ints, Sizes, padded
+from .inputs import Sizes, padded
 from .lora import AdapterTensors
 from .memory import TORCH_TYPES, Frame, StepMemory
 from .sampling import SamplingWords
@@ -124,7 +124,9 @@ class CudaExecutor(BatchExecutor):
             frame = self._memory.frame(sizes)
             self._forward(frame)
             self._sample_on_device(frame)
-            for bucket in buckets_for(limits["S"]):  # attention is compiled for each number of splits
+            # Attention is compiled for each number of splits: a bucket of each is enough, recording runs them all.
+            by_splits = {self._memory.frame(Sizes.decode(n)).num_splits: n for n in buckets_for(limits["S"])}
+            for bucket in by_splits.values():
                 self._send_padding(bucket)
                 self._run_decode(bucket)
                 self._device.synchronize()
@@ -313,8 +315,7 @@ class CudaExecutor(BatchExecutor):
         output = self._sample(step.batch, logits, stats)
         if step.inputs.shape.num_hidden:
             output = replace(output, hidden=self._hidden_of(step.inputs, step.batch))
-        sequences = zip(step.batch.sequences, output.tokens, strict=True)
-        self._sampled = {s.request_id: new[-1].token_id for s, new in sequences if new}
+        self._sampled = last_tokens(step.batch, output)
         return output
 
     def read_blocks(self, block_ids: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
@@ -351,12 +352,7 @@ def _bytes_of(cache: torch.Tensor) -> torch.Tensor:
 
 def _last_rows(batch: Batch) -> dict[str, int]:
     """The last row of logits of each sequence that is sampled from."""
-    rows, end = {}, 0
-    for sequence in batch.sequences:
-        end += sequence.num_logits
-        if sequence.sample is not None:
-            rows[sequence.request_id] = end - 1
-    return rows
+    return {s.request_id: end - 1 for s, _, end in rows_of_logits(batch) if s.sample is not None}
 
 
 def _sampled_output(batch: Batch, words: npt.NDArray[np.int32], stats: StepStats) -> StepOutput:
@@ -367,9 +363,7 @@ def _sampled_output(batch: Batch, words: npt.NDArray[np.int32], stats: StepStats
         return StepOutput(tuple([(SampledToken(token),) for token in token_ids]), stats)
     tokens: list[Sequence[SampledToken]] = []
     failures: dict[int, str] = {}
-    end = 0
-    for index, sequence in enumerate(batch.sequences):
-        start, end = end, end + sequence.num_logits
+    for index, (sequence, start, end) in enumerate(rows_of_logits(batch)):
         tokens.append([SampledToken(token) for token in token_ids[start:end]])
         broken = ~np.isfinite(peaks[start:end])
         if broken.any():

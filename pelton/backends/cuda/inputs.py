@@ -12,9 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..step_inputs import Ints
 from .triton.sampling import NUM_WORDS
-
-Ints = npt.NDArray[np.int32]
 
 #: Fields begin at multiples of so many words: Triton compiles a kernel anew for pointers of another alignment.
 _ALIGN = 4

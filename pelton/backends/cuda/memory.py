@@ -10,8 +10,9 @@ import torch
 
 from ...graph import BF16, F16, F32, DType
 from ...program import CacheRef, Call, Program, View
+from ..step_inputs import Ints
 from .device import Device
-from .inputs import DeviceInputs, Ints, Sizes
+from .inputs import DeviceInputs, Sizes
 from .triton.attention import choose_splits, decode_workspace_size, prefill_tiles
 from .triton.sampling import scratch_words
 
@@ -78,7 +79,7 @@ class Heads:
         return prefill_tiles(query_lens, seq_lens, group, self.head_dim, TORCH_TYPES[self.cache_dtype])
 
 
-def step_bytes(program: Program) -> int:
+def memory_bytes(program: Program) -> int:
     """Of a :class:`StepMemory`, but for inputs and partial results of attention, which are small."""
     return program.arena_bytes + 8 * scratch_words(program.limits["L"], program.output.cols)
 

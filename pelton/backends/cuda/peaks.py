@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
+from ...graph import F32
 from ..kept_peaks import kept_peaks
 from .device import Device
-
-_TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+from .memory import TORCH_TYPES
 
 
 def measured_peaks(device: Device, *, fresh: bool = False) -> dict[str, float]:
@@ -31,13 +31,13 @@ def measure_peaks(device: Device, num_bytes: int = 1 << 28, size: int = 8192, tr
         target = torch.empty_like(source)
         seconds = _best(device, lambda: target.copy_(source), tries)
         peaks = {"read_bandwidth": 2 * num_bytes / seconds}  # bytes that are read, and bytes that are written
-        for name, dtype in _TYPES.items():
-            edge = size if dtype != torch.float32 else size // 4  # no tensor cores
+        for type, dtype in TORCH_TYPES.items():
+            edge = size if type != F32 else size // 4  # no tensor cores
             # Not zeros: they take less power, and the clock stays higher than with any model's numbers.
             a, b = (torch.randn(edge, edge, device=on).to(dtype) for _ in range(2))
             out = torch.empty_like(a)
             product: Callable[[], object] = lambda a=a, b=b, out=out: torch.mm(a, b, out=out)  # type: ignore[misc]  # noqa: E731
-            peaks[name] = 2 * edge**3 / _best(device, product, tries)
+            peaks[type.name] = 2 * edge**3 / _best(device, product, tries)
     return peaks
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from ...config import SamplingParams
 from ..base import PENDING, Batch, SampleSpec
+from ..step_inputs import Ints
 from .philox import random_bits_of
 from .triton.sampling import NUM_WORDS, request_words, sampling_words
-
-Ints = npt.NDArray[np.int32]
 
 
 def on_device(params: SamplingParams) -> bool:

@@ -95,12 +95,7 @@ class Decoder:
         self.specs: dict[str, SampleSpec] = {}
 
     def scheduled(self, name: str, tokens: list[int]) -> ScheduledSequence:
-        at = self.sequences.length.get(name, 0)
-        blocks = self.sequences.blocks.setdefault(name, [])
-        while len(blocks) * 16 < at + len(tokens):
-            blocks.append(self.sequences.free.pop())
-        self.sequences.length[name] = at + len(tokens)
-        return ScheduledSequence(name, tuple(tokens), at, tuple(blocks), self.specs[name])
+        return self.sequences.scheduled(name, tokens, self.specs[name])
 
     def generate(self, prompts: dict[str, list[int]], count: int, *, ahead: bool) -> dict[str, list[int]]:
         """``count`` tokens of each."""

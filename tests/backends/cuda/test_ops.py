@@ -13,10 +13,10 @@ from pelton.backends.cuda.device import Device
 from pelton.backends.cuda.executor import CudaExecutor
 from pelton.backends.cuda.weights import compute_type
 from pelton.backends.reference.executor import ReferenceExecutor
-from pelton.graph import E4M3, F16, I8, OPS, AdapterType, CacheType, Graph
+from pelton.graph import E4M3, F16, I8, OPS, CacheType, Graph
 from pelton.program import lower
 from tests.backends.cuda.device import DEVICE
-from tests.backends.test_ops import BLOCK, BLOCKS, CASES, COSTLESS, pairs, steps, weights
+from tests.backends.test_ops import BLOCK, BLOCKS, CASES, COSTLESS, give_adapters, steps, weights
 
 #: KV caches that this backend has no kernels for.
 ABSENT = [name for name, (make, _) in CASES.items() if any(
@@ -41,11 +41,7 @@ def test_launch_means_what_its_row_says(name: str) -> None:
     oracle = ReferenceExecutor(graph, values.__getitem__, kv, sampler)
     device = CudaExecutor(program, compute, values.__getitem__, kv, sampler, Device(DEVICE), capture=None)
     device.allocate(kv)
-    for table in graph.leaves("input"):
-        if isinstance(table.type, AdapterType):
-            for executor in (oracle, device):
-                executor.set_adapter(1, pairs(table, (5, 3, 1)))
-                executor.set_adapter(2, pairs(table, (1, 0, 4)))
+    give_adapters(graph, oracle, device)
     every = graph.outputs[0].tensor.shape[0] == "T"
     for batch in steps():
         want = oracle.logits(batch, every=every)
