@@ -24,10 +24,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from pelton.backends.cuda.triton import attention, lora, norms, pointwise, rope, sampling
+from pelton.backends.cuda.triton import attention, lora, norms, pointwise, quantize, rope, sampling
 
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.uint8: "*u8",
 }  # fmt: skip
 #: What is launched: kernel, and how it is specialised.
 _launched: dict[str, tuple[JITFunction, ASTSource, dict[str, Any]]] = {}
@@ -81,6 +82,22 @@ def _attention(
     attention.decode_attention(q, q, cache, *step, _ints(32), slopes, _floats(1 << 20), num_splits=splits, **named)
 
 
+def _quantized_activations() -> None:
+    """Codes as each kernel writes them, in the widths of Llama 3 8B, 70B and 405B."""
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        for columns, groups in ((4096, 1), (4096, 32), (8192, 1), (14336, 1), (14336, 112), (16384, 1), (53248, 1)):
+            out = quantize.Codes(_t(32, columns, dtype=dtype), _floats(groups, 32))
+            x, total, weight = _t(32, columns), _floats(32, columns), _floats(columns)
+            quantize.quantize_rows(out, x)
+            pointwise.gated_activation(out, x, x, "silu")
+            pointwise.gated_blocks(out, _t(32, 2 * columns), "silu")
+            pointwise.activation(out, x, "gelu")
+            if columns <= quantize.ROW_COLUMNS:
+                norms.rms_norm(out, total, weight, 1e-5, 0.0)
+                norms.add_rms_norm(total, out, total, x, weight, 1e-5, 0.0)
+                norms.add_layer_norm(total, out, total, x, weight, weight, 1e-5)
+
+
 def launch_everything() -> None:
     """One of each launch, at the shapes of real models."""
     x, total, weight = _t(32, 4096), _floats(32, 4096), _floats(4096)
@@ -121,6 +138,7 @@ def launch_everything() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         tables = _t(4, 3 * 16, 4096, dtype=dtype), _t(4, sum(widths), 16, dtype=dtype)
         lora.lora(qkv, qkv, x, *tables, _ints(32), parts, _floats(32, 3 * 16))
+    _quantized_activations()
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
