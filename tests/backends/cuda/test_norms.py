@@ -135,7 +135,7 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 @pytest.mark.parametrize(("columns", "groups"), [(37, 1), (48, 3), (1200, 1), (1024, 8)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_are_those_of_float32_rows(kind: torch.dtype, columns: int, groups: int) -> None:
-    count = 18 if columns < 100 else 9
+    count = 18 if columns < 100 else 8
     a, b = strided(count, columns, F32, 1, 20.0), strided(count, columns, BF16, 2)
     a[3], b[3] = 0.0, 0.0
     a[4] *= 1e-5

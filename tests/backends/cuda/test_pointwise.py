@@ -84,14 +84,14 @@ def test_gates_and_ups_in_turns(blocks: int, kind: str) -> None:
 )  # several rows a program; several programs a row; groups above a tile; rows above registers
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_are_those_of_float32_results(kind: torch.dtype, columns: int, groups: int) -> None:
-    count = 18 if columns < 100 else 9
+    count = 18 if columns < 100 else 8
     both, rows = strided(count, 2 * columns, BF16, 1, 4.0), strided(count, columns, F32)
     both[3] = 0.0
     both[4] *= 1e-5
     both[5, 2], both[6, 2], both[7, :4] = float("nan"), float("inf"), 3e38
     gate, up = both[:, :columns], both[:, columns:]
     for name, inputs in (("activation", (gate,)), ("gated_activation", (gate, up)), ("gated_blocks", (both,))):
-        if name == "gated_blocks" and columns % GATE_BLOCK:
+        if columns % GATE_BLOCK if name == "gated_blocks" else columns > 16384:
             continue
         launch = getattr(pointwise, name)
         launch(rows, *inputs, "silu")
