@@ -12,6 +12,7 @@ from ...program import AdapterRef, CacheRef, Call, ConstantRef, InputRef, Operan
 from .lora import AdapterTensors
 from .memory import Frame, Rows, rows_of
 from .triton import attention, lora, norms, pointwise, rope
+from .triton.cache import Cache
 
 #: Starts the kernels of a call, and does not wait for them.
 Launch: TypeAlias = Callable[[Frame], None]
@@ -21,7 +22,7 @@ Params: TypeAlias = Mapping[str, Any]
 class Lowering:
     """The launches of a program.
 
-    constants, caches, adapters: device tensors by the program's numbers. Caches may be replaced in the list, up to the
+    constants, caches, adapters: on the device, by the program's numbers. Caches may be replaced in the list, up to the
     first launch that is captured. workspace: float32, for partial results of decode attention.
     """
 
@@ -29,7 +30,7 @@ class Lowering:
         self,
         program: Program,
         constants: Sequence[torch.Tensor],
-        caches: Sequence[torch.Tensor],
+        caches: Sequence[Cache],
         adapters: Sequence[AdapterTensors],
         workspace: torch.Tensor,
     ) -> None:

@@ -23,8 +23,9 @@ from .device import Device, Mark
 from .graphs import Capture, CudaCapture, Graphs, buckets_for
 from .inputs import Sizes, padded
 from .lora import AdapterTensors
-from .memory import TORCH_TYPES, Frame, StepMemory
+from .memory import CACHE_TYPES, Frame, StepMemory
 from .sampling import SamplingWords
+from .triton.cache import Cache
 from .triton.pointwise import fill_pending
 from .triton.sampling import sample
 
@@ -78,7 +79,7 @@ class CudaExecutor(BatchExecutor):
             max_blocks = -(-kv_spec.max_model_len // kv_spec.block_size)
             self._memory = StepMemory(program, device, max_blocks, kv_spec.block_size)
             self._tables = self._new_tables()
-            self._caches: list[torch.Tensor] = []
+            self._caches: list[Cache] = []
             lowering = Lowering(program, constants, self._caches, self._tables, self._memory.workspace)
             self._launches = lowering.launches()
         rows = program.limits["L"]
@@ -99,9 +100,9 @@ class CudaExecutor(BatchExecutor):
     def _new_caches(self, num_blocks: int) -> None:
         self._caches.clear()  # the old ones first
         on, size = self._device.torch_device, self._kv_spec.block_size
-        for cache in self.program.caches:
-            shape = (num_blocks, 2, cache.num_kv_heads, size, cache.head_dim)
-            self._caches.append(torch.zeros(shape, dtype=TORCH_TYPES[cache.dtype], device=on))
+        for kind in self.program.caches:
+            dtype = CACHE_TYPES[kind.dtype]
+            self._caches.append(Cache.zeros(dtype, num_blocks, kind.num_kv_heads, size, kind.head_dim, on))
 
     def run_largest_step(self) -> None:
         """Take all memory that any step takes, and compile its kernels. The KV cache is lost."""
@@ -282,7 +283,7 @@ class CudaExecutor(BatchExecutor):
         if copies:
             sources, targets = torch.tensor(copies, device=self._device.torch_device).unbind(1)
             for cache in self._caches:
-                cache[targets] = cache[sources]
+                cache.memory[targets] = cache.memory[sources]
 
     def collect(self, ticket: int) -> StepOutput:
         step = self._flights.pop(0)
@@ -321,12 +322,12 @@ class CudaExecutor(BatchExecutor):
     def read_blocks(self, block_ids: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
         with self._device.active():
             ids = torch.tensor(list(block_ids), device=self._device.torch_device)
-            return [_bytes_of(cache[ids]).cpu().numpy() for cache in self._caches]
+            return [cache.memory[ids].cpu().numpy() for cache in self._caches]
 
     def write_blocks(self, block_ids: Sequence[int], blocks: Sequence[npt.NDArray[np.uint8]]) -> None:
         with self._device.active():
             ids = torch.tensor(list(block_ids), device=self._device.torch_device)
-            caches = [_bytes_of(cache) for cache in self._caches]
+            caches = [cache.memory for cache in self._caches]
             check_blocks(len(block_ids), [cache.shape[1] for cache in caches], blocks)
             for cache, block in zip(caches, blocks, strict=True):
                 cache[ids] = torch.from_numpy(np.ascontiguousarray(block)).to(cache.device)
@@ -343,11 +344,6 @@ class CudaExecutor(BatchExecutor):
             for held in (self._flights, self._launches, self._tables, self._caches, self._landing, self._fetched_rows):
                 held.clear()
             self._memory = None  # type: ignore[assignment]
-
-
-def _bytes_of(cache: torch.Tensor) -> torch.Tensor:
-    """uint8 [blocks, bytes of a block]: the same memory."""
-    return cache.view(len(cache), -1).view(torch.uint8)
 
 
 def _last_rows(batch: Batch) -> dict[str, int]:

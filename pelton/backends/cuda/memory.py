@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from ...graph import BF16, F16, F32, DType
+from ...graph import BF16, E4M3, F16, F32, I8, DType
 from ...program import CacheRef, Call, Program, View
 from ..step_inputs import Ints
 from .device import Device
@@ -17,7 +17,8 @@ from .triton.attention import choose_splits, decode_workspace_size, prefill_tile
 from .triton.sampling import scratch_words
 
 TORCH_TYPES: dict[DType, torch.dtype] = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
-
+#: Elements of KV caches; codes of FP8 are known to kernels as uint8.
+CACHE_TYPES: dict[DType, torch.dtype] = {**TORCH_TYPES, I8: torch.int8, E4M3: torch.uint8}
 
 #: Address, type, columns, distance of rows, and the step dimension that counts the rows.
 _Place: TypeAlias = "tuple[int, torch.dtype, int, int, str]"
@@ -57,6 +58,7 @@ class Heads:
     num_kv_heads: int
     head_dim: int
     cache_dtype: DType
+    q_dtype: DType
 
     @classmethod
     def of(cls, program: Program) -> Heads:
@@ -68,15 +70,17 @@ class Heads:
         for call in program.calls:
             if call.kernel == "attention":
                 cache = program.caches[next(o.index for o in call.operands if isinstance(o, CacheRef))]
-                found.add(cls(call.params["num_heads"], cache.num_kv_heads, cache.head_dim, cache.dtype))
+                q = next(program.buffers[o.buffer].dtype for o in call.operands if isinstance(o, View))
+                found.add(cls(call.params["num_heads"], cache.num_kv_heads, cache.head_dim, cache.dtype, q))
         if len(found) > 1:
             raise ValueError("attention layers of different shapes")
-        return found.pop() if found else cls(1, 1, 1, F32)
+        return found.pop() if found else cls(1, 1, 1, F32, F32)
 
     def tiles(self, query_lens: Sequence[int], seq_lens: Sequence[int]) -> Ints:
         """The pieces that prefill attention works on."""
         group = self.num_heads // self.num_kv_heads
-        return prefill_tiles(query_lens, seq_lens, group, self.head_dim, TORCH_TYPES[self.cache_dtype])
+        types = CACHE_TYPES[self.cache_dtype], TORCH_TYPES[self.q_dtype]
+        return prefill_tiles(query_lens, seq_lens, group, self.head_dim, *types)
 
 
 def memory_bytes(program: Program) -> int:
