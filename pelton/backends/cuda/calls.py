@@ -15,6 +15,7 @@ from .memory import CodeMemory, Frame, Rows, rows_of
 from .packing import PackedWeight
 from .stored import device_types
 from .triton import attention, lora, norms, pointwise, rope
+from .triton.cache import Cache
 from .triton.products import dequantize_rows
 from .triton.quantize import quantize_rows
 from .tuning import Products, product_of
@@ -28,7 +29,7 @@ Params: TypeAlias = Mapping[str, Any]
 class Lowering:
     """The launches of a program.
 
-    constants, caches, adapters: device tensors by the program's numbers. Caches may be replaced in the list, up to the
+    constants, caches, adapters: on the device, by the program's numbers. Caches may be replaced in the list, up to the
     first launch that is captured. workspace: float32, for partial results of decode attention. codes: where activations
     become codes that no kernel has made so.
     """
@@ -38,7 +39,7 @@ class Lowering:
         program: Program,
         numerics: Numerics,
         constants: Sequence[Held],
-        caches: Sequence[torch.Tensor],
+        caches: Sequence[Cache],
         adapters: Sequence[AdapterTensors],
         workspace: torch.Tensor,
         products: Products,

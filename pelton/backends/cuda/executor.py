@@ -23,9 +23,10 @@ from .device import Device, Mark
 from .graphs import Capture, CudaCapture, Graphs, buckets_for
 from .inputs import Sizes, padded
 from .lora import AdapterTensors
-from .memory import TORCH_TYPES, CodeMemory, Frame, StepMemory, code_bytes
+from .memory import CACHE_TYPES, CodeMemory, Frame, StepMemory, code_bytes
 from .providers import Scratch
 from .sampling import SamplingWords
+from .triton.cache import Cache
 from .triton.pointwise import fill_pending
 from .triton.sampling import sample
 from .tuning import Products, problems_of
@@ -80,7 +81,7 @@ class CudaExecutor(BatchExecutor):
             max_blocks = -(-kv_spec.max_model_len // kv_spec.block_size)
             self._memory = StepMemory(program, device, max_blocks, kv_spec.block_size, numerics.quantized)
             self._tables = self._new_tables()
-            self._caches: list[torch.Tensor] = []
+            self._caches: list[Cache] = []
             on = device.torch_device
             self._products = Products(device, Scratch.of(problems_of(program, numerics), device))
             codes = CodeMemory(torch.empty(code_bytes(program, numerics), dtype=torch.uint8, device=on))
@@ -107,9 +108,9 @@ class CudaExecutor(BatchExecutor):
     def _new_caches(self, num_blocks: int) -> None:
         self._caches.clear()  # the old ones first
         on, size = self._device.torch_device, self._kv_spec.block_size
-        for cache in self.program.caches:
-            shape = (num_blocks, 2, cache.num_kv_heads, size, cache.head_dim)
-            self._caches.append(torch.zeros(shape, dtype=TORCH_TYPES[cache.dtype], device=on))
+        for kind in self.program.caches:
+            dtype = CACHE_TYPES[kind.dtype]
+            self._caches.append(Cache.zeros(dtype, num_blocks, kind.num_kv_heads, size, kind.head_dim, on))
 
     def run_largest_step(self) -> None:
         """Take all memory that any step takes, and compile its kernels. The KV cache is lost."""
@@ -290,7 +291,7 @@ class CudaExecutor(BatchExecutor):
         if copies:
             sources, targets = torch.tensor(copies, device=self._device.torch_device).unbind(1)
             for cache in self._caches:
-                cache[targets] = cache[sources]
+                cache.memory[targets] = cache.memory[sources]
 
     def collect(self, ticket: int) -> StepOutput:
         step = self._flights.pop(0)
@@ -329,12 +330,12 @@ class CudaExecutor(BatchExecutor):
     def read_blocks(self, block_ids: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
         with self._device.active():
             ids = torch.tensor(list(block_ids), device=self._device.torch_device)
-            return [_bytes_of(cache[ids]).cpu().numpy() for cache in self._caches]
+            return [cache.memory[ids].cpu().numpy() for cache in self._caches]
 
     def write_blocks(self, block_ids: Sequence[int], blocks: Sequence[npt.NDArray[np.uint8]]) -> None:
         with self._device.active():
             ids = torch.tensor(list(block_ids), device=self._device.torch_device)
-            caches = [_bytes_of(cache) for cache in self._caches]
+            caches = [cache.memory for cache in self._caches]
             check_blocks(len(block_ids), [cache.shape[1] for cache in caches], blocks)
             for cache, block in zip(caches, blocks, strict=True):
                 cache[ids] = torch.from_numpy(np.ascontiguousarray(block)).to(cache.device)
@@ -351,11 +352,6 @@ class CudaExecutor(BatchExecutor):
             for held in (self._flights, self._launches, self._tables, self._caches, self._landing, self._fetched_rows):
                 held.clear()
             self._memory = None  # type: ignore[assignment]
-
-
-def _bytes_of(cache: torch.Tensor) -> torch.Tensor:
-    """uint8 [blocks, bytes of a block]: the same memory."""
-    return cache.view(len(cache), -1).view(torch.uint8)
 
 
 def _last_rows(batch: Batch) -> dict[str, int]:

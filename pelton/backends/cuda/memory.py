@@ -20,8 +20,10 @@ from .triton.quantize import Codes
 from .triton.sampling import scratch_words
 
 TORCH_TYPES: dict[DType, torch.dtype] = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+#: Quantized activations.
 CODE_TYPES: dict[DType, torch.dtype] = {I8: torch.int8, E4M3: torch.float8_e4m3fn}
-
+#: Elements of KV caches; codes of FP8 are known to kernels as uint8.
+CACHE_TYPES: dict[DType, torch.dtype] = {**TORCH_TYPES, I8: torch.int8, E4M3: torch.uint8}
 
 #: Address, type, columns, distance of rows, and the step dimension that counts the rows.
 _Place: TypeAlias = "tuple[int, torch.dtype, int, int, str]"
@@ -104,6 +106,7 @@ class Heads:
     num_kv_heads: int
     head_dim: int
     cache_dtype: DType
+    q_dtype: DType
 
     @classmethod
     def of(cls, program: Program) -> Heads:
@@ -115,15 +118,17 @@ class Heads:
         for call in program.calls:
             if call.kernel == "attention":
                 cache = program.caches[next(o.index for o in call.operands if isinstance(o, CacheRef))]
-                found.add(cls(call.params["num_heads"], cache.num_kv_heads, cache.head_dim, cache.dtype))
+                q = next(program.buffers[o.buffer].dtype for o in call.operands if isinstance(o, View))
+                found.add(cls(call.params["num_heads"], cache.num_kv_heads, cache.head_dim, cache.dtype, q))
         if len(found) > 1:
             raise ValueError("attention layers of different shapes")
-        return found.pop() if found else cls(1, 1, 1, F32)
+        return found.pop() if found else cls(1, 1, 1, F32, F32)
 
     def tiles(self, query_lens: Sequence[int], seq_lens: Sequence[int]) -> Ints:
         """The pieces that prefill attention works on."""
         group = self.num_heads // self.num_kv_heads
-        return prefill_tiles(query_lens, seq_lens, group, self.head_dim, TORCH_TYPES[self.cache_dtype])
+        types = CACHE_TYPES[self.cache_dtype], TORCH_TYPES[self.q_dtype]
+        return prefill_tiles(query_lens, seq_lens, group, self.head_dim, *types)
 
 
 def memory_bytes(program: Program, numerics: Numerics) -> int:
