@@ -44,25 +44,60 @@ def _difference(a, b):
 
 
 @triton.jit
-def _byte_integer(c, HALF: tl.constexpr):
-    """Of 8-bit codes c (int16): c - 128 as a 16-bit float."""
-    if HALF == tl.float16:
-        return _difference((c | 0x6400).to(tl.float16, bitcast=True), tl.full(c.shape, 1152.0, tl.float16))
-    # A fraction of bfloat16 has 7 bits: 128 + the low ones, less 256 or, where the eighth is set, 128.
-    low = ((c & 0x7F) | 0x4300).to(tl.bfloat16, bitcast=True)
-    return _difference(low, ((c & 0x80) ^ 0x4380).to(tl.bfloat16, bitcast=True))
+def _field(units, MOVE: tl.constexpr, MASK: tl.constexpr):
+    """Bits of units (int16), moved to the right, or left if negative, and masked. MASK: of where they are then."""
+    if MOVE == 0:
+        return units & MASK
+    if _UPCAST:
+        return (units >> MOVE if MOVE > 0 else units << -MOVE) & MASK
+    # Both units of a register at once: what crosses their border is masked. The compiler would shift them one by one.
+    if MOVE > 0:
+        moved = tl.inline_asm_elementwise(f"shr.b32 $0, $1, {MOVE};", "=r,r", [units], tl.int16, is_pure=True, pack=2)
+    else:
+        moved = tl.inline_asm_elementwise(f"shl.b32 $0, $1, {-MOVE};", "=r,r", [units], tl.int16, is_pure=True, pack=2)
+    return moved & MASK
 
 
 @triton.jit
-def _integer(c, zero, BITS: tl.constexpr, SIGNED: tl.constexpr, HALF: tl.constexpr):
-    """Of codes c (int16): c - zero as a 16-bit float. zero: int16 that broadcasts, or an offset. SIGNED: c - 128 in c."""
+def _byte_integer(units, AT: tl.constexpr, SIGNED: tl.constexpr, HALF: tl.constexpr):
+    """Of 8-bit codes at bit AT of units: c - 128 as a 16-bit float. SIGNED: c is stored less 128."""
+    if HALF == tl.float16:
+        c = _field(units, AT, 0xFF)
+        return _difference(
+            (c ^ (0x6480 if SIGNED else 0x6400)).to(tl.float16, bitcast=True), tl.full(c.shape, 1152.0, tl.float16)
+        )
+    # A fraction of bfloat16 has 7 bits: 128 + the low ones, less 256 or, where the eighth is set, 128.
+    low = (_field(units, AT, 0x7F) | 0x4300).to(tl.bfloat16, bitcast=True)
+    eighth = _field(units, AT, 0x80) ^ (0x4300 if SIGNED else 0x4380)
+    return _difference(low, eighth.to(tl.bfloat16, bitcast=True))
+
+
+@triton.jit
+def _integers(
+    high, low, zero, HIGH_AT: tl.constexpr, LOW_AT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    ZERO: tl.constexpr, OFFSET: tl.constexpr, BITS: tl.constexpr, SIGNED: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Codes less zero, or OFFSET, as 16-bit floats, of units in which they begin at bits HIGH_AT and, if LOW, LOW_AT.
+
+    zero: int16 that broadcasts.
+    """
+    ONE: tl.constexpr = 1024 if HALF == tl.float16 else 128
+    BITS_OF_ONE: tl.constexpr = 0x6400 if HALF == tl.float16 else 0x4300
+    # What is subtracted is a constant tensor: the compiler then moves all this behind the load of units.
     if BITS == 8:
-        value = _byte_integer((c ^ 0x80) if SIGNED else c, HALF)
-        if not SIGNED:
-            value = _difference(value, _byte_integer(zero, HALF))
+        value = _byte_integer(high, HIGH_AT, SIGNED, HALF)
+        if ZERO:
+            value = _difference(value, _byte_integer(zero, 0, False, HALF))
+        elif not SIGNED:
+            value = _difference(value, tl.full(high.shape, OFFSET - 128, HALF))
         return value
-    one: tl.constexpr = 0x6400 if HALF == tl.float16 else 0x4300  # 1024 or 128
-    return _difference((c | one).to(HALF, bitcast=True), (zero | one).to(HALF, bitcast=True))
+    c = _field(high, HIGH_AT - LOW, ((1 << HIGH) - 1) << LOW if BITS < 7 else 0x7F)
+    if LOW:
+        c |= _field(low, LOW_AT, (1 << LOW) - 1)
+    value = (c | BITS_OF_ONE).to(HALF, bitcast=True)
+    if ZERO:
+        return _difference(value, (zero | BITS_OF_ONE).to(HALF, bitcast=True))
+    return _difference(value, tl.full(high.shape, ONE + OFFSET, HALF))
 
 
 @triton.jit
@@ -74,23 +109,21 @@ def _scaled(bits, POWER: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def _floating(c, BITS: tl.constexpr, HALF: tl.constexpr):
-    """Of E4M3 or E2M1 codes c (int16): exponent and fraction where the 16-bit float has them, then its other bias."""
-    if BITS == 8:
-        if HALF == tl.float16:
-            return _scaled(((c & 0x80) << 8) | ((c & 0x7F) << 7), 8, HALF)
-        return _scaled(((c & 0x80) << 8) | ((c & 0x7F) << 4), 120, HALF)
-    if HALF == tl.float16:
-        return _scaled(((c & 8) << 12) | ((c & 7) << 9), 14, HALF)
-    return _scaled(((c & 8) << 12) | ((c & 7) << 6), 126, HALF)
+def _floats(units, AT: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr):
+    """E4M3 or E2M1 codes, at bit AT of units, as 16-bit floats: exponent and fraction to their place, then the bias."""
+    PLACE: tl.constexpr = (10 if HALF == tl.float16 else 7) - (3 if BITS == 8 else 1)
+    MASK: tl.constexpr = ((1 << (BITS - 1)) - 1) << PLACE
+    BIAS: tl.constexpr = (15 if HALF == tl.float16 else 127) - (7 if BITS == 8 else 1)
+    sign = _field(units, AT + BITS - 16, 0x8000 - 0x10000)
+    return _scaled(sign | _field(units, AT - PLACE, MASK), BIAS, HALF)
 
 
 @triton.jit
-def _piece(high, low, SHIFT_HIGH: tl.constexpr, SHIFT_LOW: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr):
-    """Codes from tiles of one plane or two."""
-    c = (high >> SHIFT_HIGH) & ((1 << HIGH) - 1)
+def _codes(high, low, HIGH_AT: tl.constexpr, LOW_AT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr):
+    """Codes, uint8, from bytes of one plane or two."""
+    c = (high >> HIGH_AT) & ((1 << HIGH) - 1)
     if LOW:
-        c = (c << LOW) | ((low >> SHIFT_LOW) & ((1 << LOW) - 1))
+        c = (c << LOW) | ((low >> LOW_AT) & ((1 << LOW) - 1))
     return c
 
 
@@ -209,33 +242,33 @@ def _product_kernel(
                 x = tl.load(x_at + column, mask=there, other=0)
             for half in tl.static_range(HALVES):
                 share = tl.minimum(column + half * STEP % PART, k - 1)  # a column of this half
-                zero = OFFSET
+                zero = high
                 if ZERO and not INT8:
                     group = share // GROUP if GROUP else 0
                     zero = tl.load(minimum_ptr + tl.cast(group, tl.int64) * n + rows)[:, None].to(tl.int16)
                 for odd in tl.static_range(2 if PAIRS else 1):
-                    code = _piece(
-                        high, low, part * HIGH % 8 + 8 * odd, part * LOW % 8 + 8 * odd, HIGH, LOW
-                    )
                     if PAIRS:
                         if FLOATING:
-                            w = _floating(code, BITS, HALF)
+                            w = _floats(high, part * HIGH % 8 + 8 * odd, BITS, HALF)
                         else:
-                            w = _integer(code, tl.cast(zero, tl.int16), BITS, SIGNED, HALF)
+                            w = _integers(
+                                high, low, zero, part * HIGH % 8 + 8 * odd, part * LOW % 8 + 8 * odd, HIGH, LOW, ZERO,
+                                OFFSET, BITS, SIGNED, HALF,
+                            )  # fmt: skip
                         if X == "half":
                             y = (x >> (16 * odd)).to(tl.int16).to(HALF, bitcast=True)
                         else:
-                            y = _floating((x >> (8 * odd)) & 0xFF, 8, HALF)
-                    elif INT8:
-                        # 8-bit codes are less 128 here, whatever they are in memory.
-                        w = ((code ^ 0x80) if BITS == 8 and not SIGNED else code).to(tl.int8, bitcast=True)
-                        y = x
+                            y = _floats(x, 8 * odd, 8, HALF)
                     else:
                         y = x
+                        code = _codes(high, low, part * HIGH % 8, part * LOW % 8, HIGH, LOW)
                         if FLOATING:
                             w = (from_e4m3(code) if BITS == 8 else from_e2m1(code)).to(tl.float32)
+                        elif INT8:  # 8-bit codes are less 128 here, whatever they are in memory
+                            w = ((code ^ 0x80) if BITS == 8 and not SIGNED else code).to(tl.int8, bitcast=True)
                         else:
-                            w = ((code ^ 0x80) if SIGNED else code).to(tl.float32) - tl.cast(zero, tl.float32)
+                            w = ((code ^ 0x80) if SIGNED else code).to(tl.float32)
+                            w -= zero.to(tl.float32) if ZERO else OFFSET
                     if HALVES == 2:
                         inside = (unit >= UNITS // 2) == (half == 1)
                         y = tl.where(inside[:, None], y, tl.zeros(y.shape, y.dtype))
