@@ -235,8 +235,8 @@ def _product_kernel(
                     low_units = tl.load(low_ptr + low_tile.to(tl.int64) * tile_stride + at)
                 low = low_units
             if PAIRS:
-                there = (x_rows < m)[None, :] & (column + 2 * unit < k)[:, None]
-                x = tl.load(x_at + column // 2, mask=there, other=0)
+                there = (x_rows < m)[None, :] & ((column >> 1) + unit < (k >> 1))[:, None]
+                x = tl.load(x_at + (column >> 1), mask=there, other=0)
             else:
                 there = (x_rows < m)[None, :] & (column + unit < k)[:, None]
                 x = tl.load(x_at + column, mask=there, other=0)
