@@ -1,9 +1,9 @@
 """Group-quantized weights in the layout that the product kernels read: the type's bits and no more.
 
-Codes are split into planes of 8, 4, 2 or 1 bits, the most significant first: 6 bits are 4 and 2, 5 are 4 and 1, 3 are 2
-and 1; 7 bits take 8. A plane of less than 8 bits is uint8 [tiles, rows, PART]: the 8 / w codes of a byte lie PART columns
+Codes are split into planes of 8, 4, 2 or 1 bits, the most significant first: 6 bits are 4 and 2, 5 are 4 and 1, 3 are
+2 and 1; 7 bits take 8. A plane of w < 8 bits is uint8 [tiles, rows, PART]: the 8 / w codes of a byte lie PART columns
 apart, the first in its lowest bits, so a piece of a tile, shifted and masked, is an operand of a product. Columns are
-padded with zeros to chunks, in which the tiles of all planes end together. 8-bit codes are [rows, columns], as
+padded with zeros to chunks, at whose ends tiles of all planes end. 8-bit codes are [rows, columns], as
 ``torch._scaled_mm`` and ``torch._int_mm`` take them; the symmetric integers among them are stored as int8, less 128.
 
 Scales, minima and zero points are as the type has them, but [groups, rows]: rows of a tile are neighbours.

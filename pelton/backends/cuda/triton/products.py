@@ -59,9 +59,9 @@ def _field(units, MOVE: tl.constexpr, MASK: tl.constexpr):
 
 
 @triton.jit
-def _byte_integer(units, AT: tl.constexpr, SIGNED: tl.constexpr, HALF: tl.constexpr):
+def _byte_integer(units, AT: tl.constexpr, SIGNED: tl.constexpr, FRACTION: tl.constexpr):
     """Of 8-bit codes at bit AT of units: c - 128 as a 16-bit float. SIGNED: c is stored less 128."""
-    if HALF == tl.float16:
+    if FRACTION == 10:
         c = _field(units, AT, 0xFF)
         return _difference(
             (c ^ (0x6480 if SIGNED else 0x6400)).to(tl.float16, bitcast=True), tl.full(c.shape, 1152.0, tl.float16)
@@ -75,19 +75,20 @@ def _byte_integer(units, AT: tl.constexpr, SIGNED: tl.constexpr, HALF: tl.conste
 @triton.jit
 def _integers(
     high, low, zero, HIGH_AT: tl.constexpr, LOW_AT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
-    ZERO: tl.constexpr, OFFSET: tl.constexpr, BITS: tl.constexpr, SIGNED: tl.constexpr, HALF: tl.constexpr,
+    ZERO: tl.constexpr, OFFSET: tl.constexpr, BITS: tl.constexpr, SIGNED: tl.constexpr, FRACTION: tl.constexpr,
 ):  # fmt: skip
     """Codes less zero, or OFFSET, as 16-bit floats, of units in which they begin at bits HIGH_AT and, if LOW, LOW_AT.
 
     zero: int16 that broadcasts.
     """
-    ONE: tl.constexpr = 1024 if HALF == tl.float16 else 128
-    BITS_OF_ONE: tl.constexpr = 0x6400 if HALF == tl.float16 else 0x4300
+    HALF: tl.constexpr = tl.float16 if FRACTION == 10 else tl.bfloat16
+    ONE: tl.constexpr = 1 << FRACTION  # whose last bit of fraction is 1
+    BITS_OF_ONE: tl.constexpr = 0x6400 if FRACTION == 10 else 0x4300
     # What is subtracted is a constant tensor: the compiler then moves all this behind the load of units.
     if BITS == 8:
-        value = _byte_integer(high, HIGH_AT, SIGNED, HALF)
+        value = _byte_integer(high, HIGH_AT, SIGNED, FRACTION)
         if ZERO:
-            value = _difference(value, _byte_integer(zero, 0, False, HALF))
+            value = _difference(value, _byte_integer(zero, 0, False, FRACTION))
         elif not SIGNED:
             value = _difference(value, tl.full(high.shape, OFFSET - 128, HALF))
         return value
@@ -101,21 +102,23 @@ def _integers(
 
 
 @triton.jit
-def _scaled(bits, POWER: tl.constexpr, HALF: tl.constexpr):
+def _scaled(bits, POWER: tl.constexpr, FRACTION: tl.constexpr):
     """The 16-bit float of these bits, times 2**POWER."""
-    if _UPCAST and HALF == tl.bfloat16:  # the interpreter has no small bfloat16, either
-        return ((bits.to(tl.int32) << 16).to(tl.float32, bitcast=True) * 2.0**POWER).to(HALF)
-    return bits.to(HALF, bitcast=True) * tl.full(bits.shape, 2.0**POWER, HALF)
+    if FRACTION == 10:
+        return bits.to(tl.float16, bitcast=True) * tl.full(bits.shape, 2.0**POWER, tl.float16)
+    if _UPCAST:  # the interpreter has no small bfloat16, either
+        return ((bits.to(tl.int32) << 16).to(tl.float32, bitcast=True) * 2.0**POWER).to(tl.bfloat16)
+    return bits.to(tl.bfloat16, bitcast=True) * tl.full(bits.shape, 2.0**POWER, tl.bfloat16)
 
 
 @triton.jit
-def _floats(units, AT: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr):
+def _floats(units, AT: tl.constexpr, BITS: tl.constexpr, FRACTION: tl.constexpr):
     """E4M3 or E2M1 codes, at bit AT of units, as 16-bit floats: exponent and fraction to their place, then the bias."""
-    PLACE: tl.constexpr = (10 if HALF == tl.float16 else 7) - (3 if BITS == 8 else 1)
+    PLACE: tl.constexpr = FRACTION - (3 if BITS == 8 else 1)
     MASK: tl.constexpr = ((1 << (BITS - 1)) - 1) << PLACE
-    BIAS: tl.constexpr = (15 if HALF == tl.float16 else 127) - (7 if BITS == 8 else 1)
+    BIAS: tl.constexpr = (15 if FRACTION == 10 else 127) - (7 if BITS == 8 else 1)
     sign = _field(units, AT + BITS - 16, 0x8000 - 0x10000)
-    return _scaled(sign | _field(units, AT - PLACE, MASK), BIAS, HALF)
+    return _scaled(sign | _field(units, AT - PLACE, MASK), BIAS, FRACTION)
 
 
 @triton.jit
@@ -156,8 +159,8 @@ def _add_group(
 ):  # fmt: skip
     """total + partial [BLOCK_N, BLOCK_M], in float32, times the factors of the group with the column.
 
-    sums: of x in the group, the same in all rows, if there are minima (INT8: zeros) to multiply them with. ROWS: factors
-    of the weight, BY_X: those of x are applied.
+    sums: of x in the group, the same in all rows, if there are minima (INT8: zero points) to multiply them with. ROWS:
+    factors of the weight, BY_X: those of x are applied.
     """
     if ROWS:
         group = column // GROUP if GROUP else column * 0
@@ -165,7 +168,7 @@ def _add_group(
         if INT8:
             if ZERO:
                 zero = tl.load(minimum_ptr + group.to(tl.int64) * n + rows).to(tl.int32)
-                partial -= sums * (zero - OFFSET)[:, None]
+                partial -= sums * (zero + OFFSET)[:, None]
             elif OFFSET:
                 partial -= sums * OFFSET
         part = partial.to(tl.float32) * scale[:, None]
@@ -185,7 +188,7 @@ def _add_group(
 def _product_kernel(
     out_ptr, x_ptr, x_scales_ptr, high_ptr, low_ptr, scale_ptr, minimum_ptr, outer_ptr, outer_minimum_ptr, bias_ptr,
     m, n, k, tiles, out_stride, x_stride, x_scales_stride, tile_stride, row_stride, split_columns,
-    X: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    X: tl.constexpr, FRACTION: tl.constexpr, BITS: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
     FLOATING: tl.constexpr, SIGNED: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr,
     OUTER: tl.constexpr, KIND: tl.constexpr, MINIMUM: tl.constexpr, ZERO: tl.constexpr, PARTIAL: tl.constexpr,
     PART: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -193,6 +196,7 @@ def _product_kernel(
     """A program per tile of rows of x and the weight, and split of the columns.
 
     X: "half" (x: pairs of 16-bit floats as int32), "e4m3" (pairs of codes as int16), "int8" or "float" (float32).
+    FRACTION: bits of that of 16-bit operands, 10 for float16, 7 for bfloat16.
     X_GROUP: columns of x with one scale, 0 for all, -1 if it has none.
     high, low: planes of HIGH and LOW bits, as int16 beside pairs, else bytes. tiles: of the high plane in a row. PART:
     columns of a piece. STEP: columns that share factors. PARTIAL: sums go to the workspace ``out`` [splits, m, n].
@@ -202,6 +206,7 @@ def _product_kernel(
     UNITS: tl.constexpr = PART // 2 if PAIRS else PART
     HALVES: tl.constexpr = 2 if STEP < PART else 1
     SUMS: tl.constexpr = MINIMUM or (INT8 and (ZERO or OFFSET != 0))
+    HALF: tl.constexpr = tl.float16 if FRACTION == 10 else tl.bfloat16
     OPERAND: tl.constexpr = tl.int8 if INT8 else (HALF if PAIRS else tl.float32)
     SUM: tl.constexpr = tl.int32 if INT8 else tl.float32
     # No factors before the end: there is one sum.
@@ -249,16 +254,16 @@ def _product_kernel(
                 for odd in tl.static_range(2 if PAIRS else 1):
                     if PAIRS:
                         if FLOATING:
-                            w = _floats(high, part * HIGH % 8 + 8 * odd, BITS, HALF)
+                            w = _floats(high, part * HIGH % 8 + 8 * odd, BITS, FRACTION)
                         else:
                             w = _integers(
                                 high, low, zero, part * HIGH % 8 + 8 * odd, part * LOW % 8 + 8 * odd, HIGH, LOW, ZERO,
-                                OFFSET, BITS, SIGNED, HALF,
+                                OFFSET, BITS, SIGNED, FRACTION,
                             )  # fmt: skip
                         if X == "half":
                             y = (x >> (16 * odd)).to(tl.int16).to(HALF, bitcast=True)
                         else:
-                            y = _floats(x, 8 * odd, 8, HALF)
+                            y = _floats(x, 8 * odd, 8, FRACTION)
                     else:
                         y = x
                         code = _codes(high, low, part * HIGH % 8, part * LOW % 8, HIGH, LOW)
@@ -503,14 +508,13 @@ def _launch_packed(
 ) -> None:  # fmt: skip
     type, (m, k) = weight.type, x.shape
     if x.dtype == torch.int8:
-        kind, units, pairs, half = "int8", x, torch.uint8, None
+        kind, units, pairs = "int8", x, torch.uint8
     elif x.dtype == torch.float8_e4m3fn:
-        kind, units, pairs, half = "e4m3", x.view(torch.int16), torch.int16, tl.float16
+        kind, units, pairs = "e4m3", x.view(torch.int16), torch.int16
     elif x.dtype == torch.float32:
-        kind, units, pairs, half = "float", x, torch.uint8, None
+        kind, units, pairs = "float", x, torch.uint8
     else:
         kind, units, pairs = "half", x.view(torch.int32), torch.int16
-        half = tl.float16 if x.dtype == torch.float16 else tl.bfloat16
     layout = _layout(weight, pairs)
     x_group = -1 if x_scales is None else 0 if len(x_scales) == 1 else k // len(x_scales)
     block = max(128, chunk(type))
@@ -518,9 +522,10 @@ def _launch_packed(
     _product_kernel[grid](
         into, units, x_scales, *layout.planes, weight.scale, weight.minimum, weight.outer_scale, weight.outer_minimum,
         bias, m, weight.rows, k, layout.tiles, stride, units.stride(0), 0 if x_scales is None else x_scales.stride(0),
-        layout.tile_stride, layout.row_stride, _split(k, block, tile.splits), X=kind, HALF=half,
-        OFFSET=type.offset - (128 if type.bits == 8 and kind == "int8" else 0), X_GROUP=x_group, PARTIAL=tile.splits > 1,
-        PART=layout.part, STEP=step, BLOCK_M=tile.rows, BLOCK_N=tile.cols, BLOCK_K=block, **_kind(type), **options,
+        layout.tile_stride, layout.row_stride, _split(k, block, tile.splits), X=kind,
+        FRACTION=7 if x.dtype == torch.bfloat16 else 10, X_GROUP=x_group, PARTIAL=tile.splits > 1,
+        OFFSET=type.offset - (128 if type.bits == 8 and kind == "int8" else 0), PART=layout.part, STEP=step,
+        BLOCK_M=tile.rows, BLOCK_N=tile.cols, BLOCK_K=block, **_kind(type), **options,
     )  # fmt: skip
 
 
