@@ -24,12 +24,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from pelton.backends.cuda.triton import lora, norms, pointwise, quantize, rope, sampling
+from pelton.backends.cuda.triton import lora, norms, pointwise, quantize, rescale, rope, sampling
 from tests.backends.cuda.compile_caches import launch_caches
+from tests.backends.cuda.compile_products import launch_products
 
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
-    torch.int8: "*i8", torch.uint8: "*u8",
+    torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8",
 }  # fmt: skip
 #: What is launched: kernel, and how it is specialised.
 _launched: dict[str, tuple[JITFunction, ASTSource, dict[str, Any]]] = {}
@@ -120,6 +121,8 @@ def launch_everything() -> None:
         tables = _t(4, 3 * 16, 4096, dtype=dtype), _t(4, sum(widths), 16, dtype=dtype)
         lora.lora(qkv, qkv, x, *tables, _ints(32), parts, _floats(32, 3 * 16))
     _quantized_activations()
+    rescale.rescale(x, _t(32, 4096, dtype=torch.int32), _floats(32), weight, None)
+    launch_products()
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
