@@ -153,7 +153,7 @@ def _print_gpu(gpu: dict[str, Any]) -> None:
     print_table("GPU", [*rows, *_peak_rows(gpu["peaks"])])
     providers = [(p["name"], p["computes"], p["missing"] or "at hand") for p in gpu["providers"]]
     print_table("who computes matrix products on the GPU", providers)
-    chosen = [
+    chosen: list[tuple[str, ...]] = [
         (problem, found["choice"], f"{1e6 * found['seconds'][found['choice']]:,.0f} us")
         for problem, found in sorted(gpu["choices"].items())
     ]

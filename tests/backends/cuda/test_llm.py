@@ -58,7 +58,6 @@ def test_a_llm_knows_its_peaks_and_what_it_used() -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"quantization": "int8"}, "quantization 'int8' has no kernels for GPUs yet; leave it out"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5; give a number above 0, up to 1"),
         ({"enforce_eager": 1}, "enforce_eager is 1; give True or False"),
         ({"device": "cpu", "dtype": "f16"}, "dtype is 'f16', which CPUs do not multiply"),
