@@ -131,7 +131,7 @@ class CudaBackend:
 
     def peak_flops(self, executor: Executor) -> float | None:
         assert isinstance(executor, CudaExecutor)
-        return measured_peaks(self._device)[executor.precision]
+        return measured_peaks(self._device).get(executor.precision)
 
     def peaks(self) -> dict[str, float]:
         """Measured now: bytes/s as ``read_bandwidth``, FLOP/s by precision."""
