@@ -49,7 +49,8 @@ def _tile(head_dim: int, cached: torch.dtype, q: torch.dtype, prefill: bool, gro
     """
     wide = next_power_of_2(head_dim) > 128
     if _is_exact(cached, q):  # no tensor cores: operands lie in registers
-        tile = _Tile(32, 32 if head_dim <= 64 else 16, 8, 1)
+        small = head_dim <= 64
+        tile = _Tile(32, 32 if small else 16, 4 if small and cached in SCALED else 8, 1)
     elif prefill:
         tile = _Tile(64, 32, 4, 2) if wide else _Tile(128, 64, 8, 3)
     else:
