@@ -49,7 +49,8 @@ def _tile(head_dim: int, cached: torch.dtype, q: torch.dtype, prefill: bool, gro
     """
     wide = next_power_of_2(head_dim) > 128
     if _is_exact(cached, q):  # no tensor cores: operands lie in registers
-        tile = _Tile(32, 32 if head_dim <= 64 else 16, 8, 1)
+        small = head_dim <= 64
+        tile = _Tile(32, 32 if small else 16, 4 if small and cached in SCALED else 8, 1)
     elif prefill:
         tile = _Tile(64, 32, 4, 2) if wide else _Tile(128, 64, 8, 3)
     else:
@@ -59,7 +60,8 @@ def _tile(head_dim: int, cached: torch.dtype, q: torch.dtype, prefill: bool, gro
 
 def _is_exact(cached: torch.dtype, q: torch.dtype) -> bool:
     """Whether products are of float32: they have the type of the cache, those with codes that of queries."""
-    return (q if cached in SCALED else cached) == torch.float32
+    products = q if cached in SCALED else cached
+    return products is torch.float32
 
 
 @remembered
@@ -149,8 +151,9 @@ def _attend(
         k = tl.load(at, mask=there, other=0)
         v = tl.load(at + tokens * HEAD_DIM, mask=there, other=0)
         if scales_ptr is not None:
-            k = decode(k, q.dtype)
-            v = decode(v, tl.float32 if EXACT else tl.bfloat16)  # float16 has no room for weights times small scales
+            k = decode(k, q.dtype, BLOCK_M < 64)
+            # Weights times small scales are nothing in float16.
+            v = decode(v, tl.float32 if EXACT else tl.bfloat16, BLOCK_M < 64)
         score = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), EXACT)
         if scales_ptr is not None:
             score *= key_scale[None, :]
