@@ -25,9 +25,11 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from pelton.backends.cuda.triton import attention, lora, norms, pointwise, rope, sampling
+from tests.backends.cuda.compile_products import launch_products
 
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8",
 }  # fmt: skip
 #: What is launched: kernel, and how it is specialised.
 _launched: dict[str, tuple[JITFunction, ASTSource, dict[str, Any]]] = {}
@@ -121,6 +123,7 @@ def launch_everything() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         tables = _t(4, 3 * 16, 4096, dtype=dtype), _t(4, sum(widths), 16, dtype=dtype)
         lora.lora(qkv, qkv, x, *tables, _ints(32), parts, _floats(32, 3 * 16))
+    launch_products()
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
