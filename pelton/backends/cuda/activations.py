@@ -78,8 +78,7 @@ def activations_of(type: GroupQuant, choice: str, fp8_products: bool) -> Activat
         return None
     if type.floating:
         return Activations(E4M3, type.group_size) if type.bits == 8 and fp8_products else None
-    signed = type.bits < 8 or not (type.minimum or type.zero_point)  # a code less its zero is an int8
-    return Activations(I8, type.group_size) if choice == "int8" and signed else None
+    return Activations(I8, type.group_size) if choice == "int8" else None
 
 
 def quantized_buffers(program: Program, of_weight: Mapping[int, Activations]) -> dict[int, Activations]:

@@ -1,4 +1,4 @@
-"""Launches of products for :mod:`tests.backends.cuda.compile_kernels`: a layer of Llama 3.1 8B, tensors without data."""
+"""Launches of products for :mod:`tests.backends.cuda.compile_kernels`: a layer of Llama 3.1 8B, without data."""
 
 from __future__ import annotations
 
@@ -27,13 +27,12 @@ _TYPES = [
 
 
 def launch_products() -> None:
-    """Each type at one token, with floats and with codes; the sizes of tiles with two of them."""
+    """Each type at one token, with floats and with codes; all sizes of tiles with the one that needs most registers."""
     for kind in _TYPES:
         weight = packing.empty(kind, _ROWS, _COLS, _META)
         products.dequantize_rows(torch.empty(4, _COLS, dtype=torch.bfloat16, device=_META), weight, None)
-        rows = (1, 16, 64) if kind in _TYPES[:2] else (1,)
-        for m in rows:
-            _launch(weight, m, torch.bfloat16, True)
+        for m in (1, 16, 64) if kind == _TYPES[1] else (1,):
+            _launch(weight, m, torch.bfloat16, kind == _TYPES[1])
             if not kind.floating:
                 _launch(weight, m, torch.int8, False)
         if kind.floating and kind.bits == 8:

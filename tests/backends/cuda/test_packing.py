@@ -50,8 +50,8 @@ ROWS = 37
 
 
 def columns(type: GroupQuant) -> int:
-    """Three groups, or three outer ones: for most types no whole chunks."""
-    return 3 * (type.outer or type.group_size or 48)
+    """Three groups, or two outer ones: for most types no whole chunks."""
+    return 2 * type.outer if type.outer else 3 * (type.group_size or 48)
 
 
 def quantized(type: GroupQuant, rows: int = ROWS, cols: int | None = None) -> QuantizedArray:

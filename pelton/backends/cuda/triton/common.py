@@ -21,12 +21,15 @@ def next_power_of_2(n: int) -> int:
 
 @triton.jit
 def dot(a, b, acc, EXACT: tl.constexpr):
-    """acc + a @ b in float32. EXACT: float32 operands keep all their bits (no TF32)."""
-    if _UPCAST:  # the interpreter has no bfloat16 products
+    """acc + a @ b in float32, or of int8 in int32. EXACT: float32 operands keep all their bits (no TF32)."""
+    if a.dtype == tl.int8:
+        return tl.dot(a, b, acc, out_dtype=tl.int32)
+    elif _UPCAST:  # the interpreter has no bfloat16 products
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    if EXACT:
+    elif EXACT:
         return tl.dot(a, b, acc, input_precision="ieee")
-    return tl.dot(a, b, acc)
+    else:
+        return tl.dot(a, b, acc)
 
 
 @triton.jit

@@ -66,10 +66,10 @@ def _byte_integer(units, AT: tl.constexpr, SIGNED: tl.constexpr, FRACTION: tl.co
         return _difference(
             (c ^ (0x6480 if SIGNED else 0x6400)).to(tl.float16, bitcast=True), tl.full(c.shape, 1152.0, tl.float16)
         )
-    # A fraction of bfloat16 has 7 bits: 128 + the low ones, less 256 or, where the eighth is set, 128.
-    low = (_field(units, AT, 0x7F) | 0x4300).to(tl.bfloat16, bitcast=True)
-    eighth = _field(units, AT, 0x80) ^ (0x4300 if SIGNED else 0x4380)
-    return _difference(low, eighth.to(tl.bfloat16, bitcast=True))
+    else:  # a fraction of 7 bits: 128 + the low ones, less 256 or, where the eighth is set, 128
+        low = (_field(units, AT, 0x7F) | 0x4300).to(tl.bfloat16, bitcast=True)
+        eighth = _field(units, AT, 0x80) ^ (0x4300 if SIGNED else 0x4380)
+        return _difference(low, eighth.to(tl.bfloat16, bitcast=True))
 
 
 @triton.jit
@@ -106,9 +106,10 @@ def _scaled(bits, POWER: tl.constexpr, FRACTION: tl.constexpr):
     """The 16-bit float of these bits, times 2**POWER."""
     if FRACTION == 10:
         return bits.to(tl.float16, bitcast=True) * tl.full(bits.shape, 2.0**POWER, tl.float16)
-    if _UPCAST:  # the interpreter has no small bfloat16, either
+    elif _UPCAST:  # the interpreter has no small bfloat16, either
         return ((bits.to(tl.int32) << 16).to(tl.float32, bitcast=True) * 2.0**POWER).to(tl.bfloat16)
-    return bits.to(tl.bfloat16, bitcast=True) * tl.full(bits.shape, 2.0**POWER, tl.bfloat16)
+    else:
+        return bits.to(tl.bfloat16, bitcast=True) * tl.full(bits.shape, 2.0**POWER, tl.bfloat16)
 
 
 @triton.jit
@@ -123,11 +124,26 @@ def _floats(units, AT: tl.constexpr, BITS: tl.constexpr, FRACTION: tl.constexpr)
 
 @triton.jit
 def _codes(high, low, HIGH_AT: tl.constexpr, LOW_AT: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr):
-    """Codes, uint8, from bytes of one plane or two."""
-    c = (high >> HIGH_AT) & ((1 << HIGH) - 1)
+    """Codes, uint8, at bits HIGH_AT of bytes, and LOW_AT of those of a second plane if LOW."""
+    if HIGH == 8:
+        return high
+    if _UPCAST:
+        c = (high >> HIGH_AT) & ((1 << HIGH) - 1)
+        if LOW:
+            c = (c << LOW) | ((low >> LOW_AT) & ((1 << LOW) - 1))
+        return c
+    # Four at once, as in _field.
+    FIRST: tl.constexpr = ((1 << HIGH) - 1) * 0x01010101
+    SECOND: tl.constexpr = ((1 << LOW) - 1) * 0x01010101
     if LOW:
-        c = (c << LOW) | ((low >> LOW_AT) & ((1 << LOW) - 1))
-    return c
+        return tl.inline_asm_elementwise(
+            f"{{ .reg .b32 t; shr.b32 t, $1, {HIGH_AT}; and.b32 t, t, {FIRST}; shl.b32 t, t, {LOW}; "
+            f"shr.b32 $0, $2, {LOW_AT}; and.b32 $0, $0, {SECOND}; or.b32 $0, $0, t; }}",
+            "=&r,r,r", [high, low], tl.uint8, is_pure=True, pack=4,
+        )  # fmt: skip
+    return tl.inline_asm_elementwise(
+        f"shr.b32 $0, $1, {HIGH_AT}; and.b32 $0, $0, {FIRST};", "=r,r", [high], tl.uint8, is_pure=True, pack=4
+    )
 
 
 @triton.jit
@@ -174,6 +190,8 @@ def _add_group(
         part = partial.to(tl.float32) * scale[:, None]
         if MINIMUM:
             minimum = _factors(minimum_ptr, outer_minimum_ptr, group, column, rows, n, OUTER, KIND)
+            if not BY_X:  # in this order products and sums are single instructions
+                return total + part + sums.to(tl.float32) * minimum[:, None]
             part += sums.to(tl.float32) * minimum[:, None]
     else:
         part = partial.to(tl.float32)
@@ -184,7 +202,7 @@ def _add_group(
     return total + part
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m", "tiles", "x_scales_stride"])
 def _product_kernel(
     out_ptr, x_ptr, x_scales_ptr, high_ptr, low_ptr, scale_ptr, minimum_ptr, outer_ptr, outer_minimum_ptr, bias_ptr,
     m, n, k, tiles, out_stride, x_stride, x_scales_stride, tile_stride, row_stride, split_columns,
@@ -277,14 +295,9 @@ def _product_kernel(
                     if HALVES == 2:
                         inside = (unit >= UNITS // 2) == (half == 1)
                         y = tl.where(inside[:, None], y, tl.zeros(y.shape, y.dtype))
-                    if INT8:
-                        partial = tl.dot(w, y, partial)
-                        if SUMS:
-                            sums = tl.dot(ones, y, sums)
-                    else:
-                        partial = dot(w, y, partial, True)
-                        if SUMS:
-                            sums = dot(ones, y, sums, True)
+                    partial = dot(w, y, partial, True)
+                    if SUMS:
+                        sums = dot(ones, y, sums, True)
                 if not WHOLE and (part * PART + (half + 1) * (PART // HALVES)) % STEP == 0:
                     total = _add_group(
                         total, partial, sums, scale_ptr, minimum_ptr, outer_ptr, outer_minimum_ptr, x_scales_ptr, share,
@@ -353,72 +366,79 @@ def _reduce_kernel(out_ptr, partial_ptr, bias_ptr, m, n, out_stride, SPLITS: tl.
     tl.store(out_ptr + row * out_stride + at, total.to(out_ptr.dtype.element_ty), mask=at < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "tiles"])
 def _dequantize_kernel(
     out_ptr, indices_ptr, high_ptr, low_ptr, scale_ptr, minimum_ptr, outer_ptr, outer_minimum_ptr,
-    n, k, first, out_stride, high_stride, low_stride, row_stride,
+    count, first, n, k, tiles, out_stride, tile_stride, row_stride,
     BITS: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
     FLOATING: tl.constexpr, SIGNED: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr, OUTER: tl.constexpr,
-    KIND: tl.constexpr, MINIMUM: tl.constexpr, ZERO: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, MINIMUM: tl.constexpr, ZERO: tl.constexpr, PART: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A program per row of out and BLOCK columns."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = column < k
-    source = row + first
+    """A program per BLOCK_N rows of out and BLOCK_K columns, from bytes of the planes."""
+    # No part has more groups than two: halves of it, in which factors are the same.
+    HALVES: tl.constexpr = 2 if GROUP % PART else 1
+    own = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.minimum(own, count - 1)
     if indices_ptr is not None:
-        source = tl.load(indices_ptr + row).to(tl.int64)
-    code = _code_at(high_ptr, source, column, there, high_stride, row_stride, HIGH, PART)
-    if LOW:
-        code = (code << LOW) | _code_at(low_ptr, source, column, there, low_stride, row_stride, LOW, PART)
-    group = (column // GROUP if GROUP else column * 0).to(tl.int64) * n + source
-    outer = source
-    if OUTER is not None:
-        outer = (column // OUTER if OUTER else column * 0).to(tl.int64) * n + source
-    scale = _factor(tl.load(scale_ptr + group, mask=there, other=0), KIND)
-    if OUTER is not None:
-        scale *= tl.load(outer_ptr + outer, mask=there, other=0).to(tl.float32)
-    if FLOATING:
-        value = (from_e4m3(code) if BITS == 8 else from_e2m1(code)).to(tl.float32) * scale
+        rows = tl.load(indices_ptr + rows)
     else:
-        if SIGNED:
-            code ^= 0x80
-        value = code.to(tl.float32)
-        if ZERO:
-            value -= tl.load(minimum_ptr + group, mask=there, other=0).to(tl.float32)
-        value = (value - OFFSET) * scale
-        if MINIMUM:
-            minimum = _factor(tl.load(minimum_ptr + group, mask=there, other=0), KIND)
-            if OUTER is not None:
-                minimum *= tl.load(outer_minimum_ptr + outer, mask=there, other=0).to(tl.float32)
-            value += minimum
-    tl.store(out_ptr + row * out_stride + column, value.to(out_ptr.dtype.element_ty), mask=there)
-
-
-@triton.jit
-def _code_at(ptr, row, column, there, tile_stride, row_stride, BITS: tl.constexpr, PART: tl.constexpr):
-    """A plane's codes of a row at columns."""
-    tile, inside = column // (PART * (8 // BITS)), column % (PART * (8 // BITS))
-    byte = tl.load(ptr + tile.to(tl.int64) * tile_stride + row * row_stride + inside % PART, mask=there, other=0)
-    return (byte >> (inside // PART * BITS).to(tl.uint8)) & ((1 << BITS) - 1)
+        rows += first
+    start = tl.program_id(1) * BLOCK_K
+    unit = tl.arange(0, PART)
+    at = rows.to(tl.int64)[:, None] * row_stride + unit[None, :]
+    for part in tl.static_range(BLOCK_K // PART):
+        column = start + part * PART
+        if part * HIGH % 8 == 0:
+            tile = tl.minimum(column // (PART * (8 // HIGH)), tiles - 1)
+            high = tl.load(high_ptr + tile.to(tl.int64) * tile_stride + at)
+        low = high
+        if LOW:
+            if part * LOW % 8 == 0:
+                low_tile = tl.minimum(column // (PART * (8 // LOW)), tiles * LOW // HIGH - 1)
+                low_bytes = tl.load(low_ptr + low_tile.to(tl.int64) * tile_stride + at)
+            low = low_bytes
+        code = _codes(high, low, part * HIGH % 8, part * LOW % 8, HIGH, LOW)
+        if FLOATING:
+            value = (from_e4m3(code) if BITS == 8 else from_e2m1(code)).to(tl.float32)
+        else:
+            value = ((code ^ 0x80) if SIGNED else code).to(tl.float32) - OFFSET
+        for half in tl.static_range(HALVES):
+            share = tl.minimum(column + half * (PART // HALVES), k - 1)
+            group = share // GROUP if GROUP else share * 0
+            whole = value
+            if ZERO:
+                whole -= tl.load(minimum_ptr + group.to(tl.int64) * n + rows).to(tl.float32)[:, None]
+            whole *= _factors(scale_ptr, outer_ptr, group, share, rows, n, OUTER, KIND)[:, None]
+            if MINIMUM:
+                whole += _factors(minimum_ptr, outer_minimum_ptr, group, share, rows, n, OUTER, KIND)[:, None]
+            there = (own < count)[:, None] & (column + unit < k)[None, :]
+            if HALVES == 2:
+                there = there & ((unit >= PART // 2) == (half == 1))[None, :]
+            to = out_ptr + own.to(tl.int64)[:, None] * out_stride + (column + unit)[None, :]
+            tl.store(to, whole.to(out_ptr.dtype.element_ty), mask=there)
 
 
 def candidate_tiles(m: int, n: int, k: int, kind: GroupQuant | torch.dtype, num_sms: int) -> list[ProductTile]:
     """Tiles to try for a product [m, k] @ [n, k].T with a weight of that type, the best guess first; at most 8."""
-    exact = kind == torch.float32
-    if m > 32:
-        shapes = [(64, 64, 4, 2 if exact else 3), (32, 64, 2, 3)] if not exact else [(32, 32, 4, 2)]
+    if kind == torch.float32:
+        shapes = [(8 if m <= 8 else 16, 64, 4, 2), (16, 32, 2, 2)]
+    elif m > 32:
+        shapes = [(64, 128, 8, 3), (32, 64, 2, 3), (64, 64, 4, 3)]
+    elif m > 16:
+        shapes = [(32, 64, 2, 3), (16, 128, 2, 3)]
     else:
-        rows = 8 if m <= 8 else 16 if m <= 16 else 32
-        shapes = [(rows, 64, 2, 3), (rows, 128, 4, 3), (rows, 32, 2, 4)]
-    tiles = []
+        # One or two warps: with four, Hopper's products of 64 rows would wait for each other.
+        rows = 8 if m <= 8 else 16
+        shapes = [(rows, 128, 2, 3), (rows, 64, 2, 3), (rows, 512 // rows, 1, 3)]
+    tiles: dict[ProductTile, None] = {}
     for rows, cols, warps, stages in shapes:
         programs = triton.cdiv(m, rows) * triton.cdiv(n, cols)
-        # Eight small programs fill a multiprocessor; a split has 512 columns at least.
-        wanted = max(1, min(16, k // 512, round(16 * num_sms / (programs * warps))))
-        for splits in {wanted, max(1, wanted // 2)}:
-            tiles.append(ProductTile(rows, cols, splits, warps, stages))
-    return tiles[:8]
+        # About twelve warps hide the latencies of a multiprocessor; a split has two blocks of columns or more.
+        wanted = max(1, min(16, k // 256, round(12 * num_sms / (programs * warps))))
+        for splits in (wanted, max(1, wanted // 2)):
+            tiles[ProductTile(rows, cols, splits, warps, stages)] = None
+    return list(tiles)
 
 
 def workspace_size(m: int, n: int, tile: ProductTile) -> int:
@@ -480,7 +500,7 @@ def product(
     partial = tile.splits > 1
     into, stride = (workspace, 0) if partial else (out, out.stride(0))
     grid = (triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.cols), tile.splits)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **FUSED}
+    options: dict[str, object] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **FUSED}
     extra = None if partial else bias
     if isinstance(weight, torch.Tensor):
         exact = x.dtype == torch.float32
@@ -500,7 +520,7 @@ def product(
 
 def _split(k: int, block: int, splits: int) -> int:
     """Columns of a split, whole blocks."""
-    return triton.cdiv(triton.cdiv(k, block), splits) * block
+    return -(-k // (block * splits)) * block
 
 
 def _launch_packed(
@@ -536,10 +556,10 @@ def dequantize_rows(out: torch.Tensor, weight: PackedWeight, indices: torch.Tens
     if count == 0:
         return
     layout = _layout(weight, torch.uint8)
-    low = layout.planes[1]
-    block = min(1024, next_power_of_2(cols))
-    _dequantize_kernel[(count, triton.cdiv(cols, block))](
+    rows, block = 16 if count < 256 else 64, max(128, chunk(weight.type))
+    _dequantize_kernel[(triton.cdiv(count, rows), triton.cdiv(cols, block))](
         out, indices, *layout.planes, weight.scale, weight.minimum, weight.outer_scale, weight.outer_minimum,
-        weight.rows, cols, first, out.stride(0), layout.tile_stride, 0 if low is None else low.stride(0), layout.row_stride,
-        OFFSET=weight.type.offset, PART=layout.part, BLOCK=block, **_kind(weight.type), enable_fp_fusion=False,
+        count, first, weight.rows, cols, layout.tiles, out.stride(0), layout.tile_stride, layout.row_stride,
+        OFFSET=weight.type.offset, PART=layout.part, BLOCK_N=rows, BLOCK_K=block, **_kind(weight.type),
+        enable_fp_fusion=False,
     )  # fmt: skip
