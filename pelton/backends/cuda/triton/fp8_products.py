@@ -83,6 +83,7 @@ def _fp8_product_kernel(
     column = tl.arange(0, BLOCK_K)
     x_at = _e4m3(x_ptr) + x_rows.to(tl.int64)[:, None] * x_stride + column[None, :]
     w_at = _e4m3(weight_ptr) + w_rows.to(tl.int64)[:, None] * weight_stride + column[None, :]
+    zero = tl.zeros((1, 1), x_at.dtype.element_ty)  # no number becomes a code
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(0, k, BLOCK_K):
@@ -90,7 +91,7 @@ def _fp8_product_kernel(
             x, w = tl.load(x_at + start), tl.load(w_at + start)
         else:
             there = (start + column < k)[None, :]
-            x, w = tl.load(x_at + start, mask=there, other=0), tl.load(w_at + start, mask=there, other=0)
+            x, w = tl.load(x_at + start, mask=there, other=zero), tl.load(w_at + start, mask=there, other=zero)
         if GROUP:
             group = start // GROUP
             by_x = tl.load(x_scales_ptr + tl.cast(group, tl.int64) * x_scales_stride + x_rows)
