@@ -118,7 +118,8 @@ def candidate_tiles(m: int, n: int, num_sms: int) -> list[Fp8Tile]:
 
     Larger ones do not leave registers for two sums of a tile: the tensor cores' and the total.
     """
-    tiles = [Fp8Tile(128, 128, 8, 4), Fp8Tile(64, 128, 4, 3), Fp8Tile(128, 128, 8, 3), Fp8Tile(64, 256, 8, 3)]
+    shapes = [(128, 128, 8, 4), (64, 128, 4, 3), (128, 128, 8, 3), (64, 256, 8, 4), (64, 256, 8, 3)]
+    tiles = [Fp8Tile(*shape) for shape in shapes]
     # Three programs of four warps are a multiprocessor's: they multiply while others add.
     if m <= 64 or triton.cdiv(m, 128) * triton.cdiv(n, 128) < num_sms:
         tiles = [tile for tile in tiles if tile.rows == 64] + [tile for tile in tiles if tile.rows > 64 and m > 64]
