@@ -18,6 +18,7 @@ from ...graph.types import ElementType
 from .device import Device
 from .memory import TORCH_TYPES
 from .packing import PackedWeight
+from .triton import fp8_products
 from .triton.products import ProductTile, candidate_tiles, dequantize_rows, product, workspace_size
 from .triton.quantize import Codes
 from .triton.rescale import rescale
@@ -33,6 +34,8 @@ _PIECE_BYTES = 32 << 20
 _EXPAND_ROWS = 65
 #: Rows up to which a product of floats is worth a try of our own.
 _FEW_ROWS = 16
+#: Rows from which on tensor cores have too much to do to multiply FP8 as float16.
+_FP8_ROWS = 64
 _FP8_BLOCK = 128
 
 
@@ -295,6 +298,24 @@ def _triton(problem: Problem, device: Device, scratch: Scratch) -> list[Candidat
     return [candidate(tile) for tile in _tiles(problem, device)]
 
 
+def _fp8_triton(problem: Problem, device: Device, scratch: Scratch) -> list[Candidate]:
+    def candidate(tile: fp8_products.Fp8Tile) -> Candidate:
+        def bind(weight: Held) -> Run:
+            assert isinstance(weight, PackedWeight)
+            shared = _is_fp8_blocks(problem) and _block_scales(weight) is not None
+
+            def run(out: torch.Tensor, x: Left, bias: torch.Tensor | None) -> None:
+                assert isinstance(x, Codes)
+                fp8_products.fp8_product(out, x, weight, bias, tile, shared)
+
+            return run
+
+        rows, cols, warps, stages = tile
+        return Candidate(f"Triton FP8 {rows}x{cols}, {warps} warps, {stages} stages", bind)
+
+    return [candidate(tile) for tile in fp8_products.candidate_tiles(problem.rows, problem.n, device.num_sms)]
+
+
 def _flashinfer_blocks(problem: Problem, device: Device, scratch: Scratch) -> list[Candidate]:
     """DeepGEMM's kernels for blocks of 128, in ``fp8_blockscale_gemm_sm90``."""
 
@@ -331,6 +352,12 @@ def _is_codes(problem: Problem) -> bool:
     return problem.left in (I8, E4M3)
 
 
+def _is_fp8(problem: Problem) -> bool:
+    weight = problem.weight
+    fp8 = isinstance(weight, GroupQuant) and weight.floating and weight.bits == 8 and weight.group_size % 32 == 0
+    return problem.left == E4M3 and fp8
+
+
 def _is_fp8_blocks(problem: Problem) -> bool:
     weight = problem.weight
     blocks = isinstance(weight, GroupQuant) and weight.group_size == _FP8_BLOCK and weight.scale == F32
@@ -345,6 +372,10 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider(
         "Triton", "all types; floats x floats of few rows",
         lambda p: isinstance(p.weight, GroupQuant) or (p.rows <= _FEW_ROWS and p.left == p.weight), _triton,
+    ),
+    Provider(
+        "Triton FP8", "FP8 x FP8 of many rows", lambda p: _is_fp8(p) and p.rows >= _FP8_ROWS, _fp8_triton,
+        capability=(8, 9),
     ),
     Provider(
         "cuBLAS, expanded", "floats x codes of many rows: weights become floats, 32 MiB at a time",

@@ -26,12 +26,15 @@ from triton.runtime.jit import JITFunction
 
 from pelton.backends.cuda.triton import lora, norms, pointwise, quantize, rescale, rope, sampling
 from tests.backends.cuda.compile_caches import launch_caches
+from tests.backends.cuda.compile_fp8 import launch_fp8_products
 from tests.backends.cuda.compile_products import launch_products
 
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
     torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8",
 }  # fmt: skip
+#: What older devices have no instructions for.
+_LEAST_CAPABILITY = {"_fp8_product_kernel": 89}
 #: What is launched: kernel, and how it is specialised.
 _launched: dict[str, tuple[JITFunction, ASTSource, dict[str, Any]]] = {}
 
@@ -123,6 +126,7 @@ def launch_everything() -> None:
     _quantized_activations()
     rescale.rescale(x, _t(32, 4096, dtype=torch.int32), _floats(32), weight, None)
     launch_products()
+    launch_fp8_products()
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -142,6 +146,8 @@ def main(capabilities: list[int]) -> None:
     launch_everything()
     for kernel, source, options in _launched.values():
         for capability in capabilities:
+            if capability < _LEAST_CAPABILITY.get(kernel.fn.__name__, 0):
+                continue
             compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
             registers, stack = _resources(compiled.asm["cubin"])
             row = {

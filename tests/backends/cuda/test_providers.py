@@ -51,6 +51,8 @@ def weight_of(type: ElementType, rows: int, cols: int, *, blocks: bool = False) 
         (I8, weight_type("w8a8"), 18, ["Triton", "cuBLASLt"]),
         (I8, weight_type("int8"), 18, ["Triton"]),
         (E4M3, weight_type("fp8"), 5, ["Triton", "cuBLASLt"]),
+        (E4M3, weight_type("fp8"), 64, ["Triton", "Triton FP8", "cuBLASLt"]),
+        (E4M3, BLOCKS, 64, ["Triton", "Triton FP8"]),
     ],
 )
 def test_candidates_agree(
@@ -61,10 +63,7 @@ def test_candidates_agree(
     device, weight = Device(DEVICE), weight_of(type, 272, 128)
     scratch = Scratch.of([problem], device)
     found = candidates(problem, device, scratch)
-    assert (
-        list(dict.fromkeys(c.name.split(" 8x")[0].split(" ", 1)[0] if "Triton" in c.name else c.name for c in found))
-        == names
-    )
+    assert list(dict.fromkeys(re.sub(r" \d+x\d+, .*", "", c.name) for c in found)) == names
     x, bias = tuning._left_side(problem, DEVICE), torch.randn(272, device=DEVICE)
     results = []
     for candidate in found:
@@ -105,6 +104,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said["FlashInfer", "FP8 x FP8, blocks of 128"] == "flashinfer is not installed"
     monkeypatch.setattr(Device, "capability", (8, 6))
     said = {(p.name, p.what): p.missing(device) for p in providers.PROVIDERS}
+    assert said["Triton FP8", "FP8 x FP8 of many rows"] == "needs compute capability 8.9 or newer"
     assert said["cuBLASLt", "FP8 x FP8, one scale per row and per token"] == "needs compute capability 9.0 or newer"
     assert said["cuBLASLt", "FP8 x FP8, blocks of 128"] == "needs compute capability 9.0"
     assert said["Triton", "all types; floats x floats of few rows"] is None
