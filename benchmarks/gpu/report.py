@@ -13,14 +13,14 @@ def markdown(results: Results) -> str:
     parts: Mapping[str, Any] = results["parts"]
     machine = results["environment"]
     versions = ", ".join(f"{k} {machine[k]}" for k in ("driver", "cuda", "torch", "triton", "python") if machine.get(k))
+    estimated = all("estimate" in part for part in parts.values())
     lines = [
-        "### Pelton on CUDA",
+        "### Pelton on CUDA" + ", an estimate" * estimated,
         "",
         f"{'; '.join(filter(None, (machine.get('device', 'unknown device'), versions)))}; "
         f"{results.get('model', '')}, random weights; commit {results.get('commit') or 'unknown'}",
         "",
-        *_table(("aim", "wanted", "measured"), aims(parts)),
-        "",
+        *([] if estimated else [*_table(("aim", "wanted", "measured"), aims(parts)), ""]),
         *_table(("part", "", "seconds", "date"), [
             (name, _outcome(part), _number(part.get("seconds")), part.get("date", "")) for name, part in parts.items()
         ]),
@@ -210,14 +210,15 @@ def _budget(part: Row, parts: Mapping[str, Any]) -> list[str]:
     def cell(row: Row) -> str:
         if not row["n"]:
             return "none" if row["missed"] == 1 else "not found"
-        least = "" if row["missed"] or row["full"] else "≥ "
-        full = ", full" if row["full"] else ""
+        n, missed = row["n"], row["missed"]
+        sure = missed and missed - n <= max(1, n // 8)  # as far as the search goes
+        end = ", full" if row["full"] else "" if sure else f" or more, below {missed}" if missed else " or more"
         ratio = _times(row.get("output_tokens_per_s_to_bf16"))
-        return f"{_number(row['output_tokens_per_s'])} ({least}{row['n']}{full}{', ' if ratio else ''}{ratio})"
+        return f"{_number(row['output_tokens_per_s'])} ({n}{end}{', ' if ratio else ''}{ratio})"
 
     lines = [
         "Output tokens/s (requests in flight, to bf16) within so many seconds per response, p99 or, of less than 100, "
-        "the longest; ≥: the search had no time to go on; full: no more seats, or no more KV cache.", "",
+        "the longest. Full: no more seats, or no more KV cache.", "",
     ]  # fmt: skip
     rows = [row | {"budget": f"{row['budget']:g} s"} for row in part.get("table", ())]
     return [*lines, *_grid(rows, "precision", "budget", cell), *_failures(part)] if rows else _failures(part)
@@ -264,9 +265,9 @@ def _roofline(part: Row, parts: Mapping[str, Any]) -> list[str]:
                                 ("share of roof", "share", _percent))),
         )), ""]  # fmt: skip
         if sheet:  # all precisions beside each other: MB, µs and what bounds them
-            lines += ["Per kernel: MB, µs at the roof, bound by", ""]
+            lines += ["Per kernel: MB / µs at the roof, m: of memory, c: of computing", ""]
             lines += _grid(rows, "kernel", "precision", lambda r: (
-                f"{_number(r['bytes'] / 1e6)}, {_number(r['roof_us'])} {r['by'][0]}"))  # fmt: skip
+                f"{_number(r['bytes'] / 1e6)} / {_number(r['roof_us'])} {r['by'][0]}"))  # fmt: skip
         else:
             lines += _shown(rows, (
                 ("precision", "precision", _number), ("kernel", "kernel", _number), ("calls", "calls", _number),

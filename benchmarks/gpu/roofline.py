@@ -34,8 +34,6 @@ DATA_SHEETS: dict[str, dict[str, Any]] = {
         "bandwidth": 3.35e12, "bf16": 989e12, "f16": 989e12, "fp8": 1979e12, "int8": 1979e12, "f32": 67e12,
     },
 }  # fmt: skip
-#: Rates by the names that the backend has for types.
-_RATES = {"e4m3": "fp8", "i8": "int8"}
 #: Seconds that each step is repeated for.
 _SECONDS = 0.5
 
@@ -58,7 +56,7 @@ def kinds(calls: Sequence[CallStats]) -> list[Row]:
     for call in calls:
         row = found.setdefault(kind_of(call.op, call.name), {
             "kernel": kind_of(call.op, call.name)[1], "calls": 0, "bytes": 0.0, "flops": 0.0,
-            "precision_of_products": _RATES.get(call.precision, call.precision),
+            "precision_of_products": call.precision,
         })  # fmt: skip
         row["calls"] += 1
         row["bytes"] += call.streamed_bytes + call.activation_bytes
@@ -92,9 +90,9 @@ def planned(part: Part, precision: Precision) -> Plan:
 
 def costs(plan: Plan, shape: StepShape) -> list[Row]:
     from pelton.backends.cuda.costs import call_costs
-    from pelton.backends.cuda.weights import compute_type
 
-    return kinds([cost.stats(shape, 0.0) for cost in call_costs(plan.program, compute_type(plan.graph))])
+    numerics = plan.backend.numerics(plan.graph, plan.program)  # type: ignore[attr-defined]
+    return kinds([cost.stats(shape, 0.0) for cost in call_costs(plan.program, numerics)])
 
 
 def _limits(part: Part) -> dict[str, Any]:
