@@ -48,7 +48,7 @@ GGUF_TYPES = {
     "BF16": "BF16", "Q8_0": "Q8_0", "Q6_K": "Q6_K", "Q5_K": "Q5_K_S", "Q4_K": "Q4_K_S", "Q4_1": "Q4_1", "Q4_0": "Q4_0",
     "Q3_K": "Q3_K_S", "MXFP4": "MXFP4_MOE",
 }  # fmt: skip
-ON_LOAD = ("int8", "fp8", "int4", "nvfp4")
+ON_LOAD = ("int8", "fp8", "w8a8", "int4", "nvfp4")
 #: Whose groups could find the grid of the model as shipped.
 ON_THE_GRID = ("int4", "nvfp4")
 KINDS = ("f32", "float", "int8")

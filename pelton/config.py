@@ -260,7 +260,7 @@ def _bound(value: float) -> str:
     return "just above 0" if value == math.ulp(0.0) else f"{value:g}"
 
 
-Quantization = Literal["int8", "int4", "fp8", "nvfp4"]
+Quantization = Literal["int8", "int4", "fp8", "nvfp4", "w8a8"]
 KVDType = Literal["auto", "f32", "f16", "bf16", "int8", "fp8"]
 _TORCH_NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
@@ -309,6 +309,11 @@ class EngineConfig:
     def step_tokens(self) -> int:
         """``max_num_batched_tokens``, or what suits the device: a GPU needs more to be busy."""
         return self.max_num_batched_tokens or (4096 if self.device == "cuda" else 1024)
+
+    @property
+    def product_activations(self) -> str:
+        """``activations``, but "int8" for a quantization whose name says so."""
+        return "int8" if self.quantization == "w8a8" and self.activations == "auto" else self.activations
 
     @property
     def lora(self) -> tuple[int, int] | None:

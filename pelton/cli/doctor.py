@@ -86,8 +86,11 @@ def _gpu() -> dict[str, Any]:
         backend = cuda_backend(EngineConfig(device="cuda"), threads=1)
     except PeltonError as error:
         return {"missing": str(error)}
-    available = backend.available()
-    return {"name": backend.device_name, "isa": backend.isa, "available_memory": available, "peaks": backend.peaks()}
+    providers = [{"name": name, "computes": what, "missing": why} for name, what, why in backend.providers()]
+    return {
+        "name": backend.device_name, "isa": backend.isa, "available_memory": backend.available(),
+        "peaks": backend.peaks(), "providers": providers, "choices": backend.choices(),
+    }  # fmt: skip
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -148,3 +151,10 @@ def _print_gpu(gpu: dict[str, Any]) -> None:
         return
     rows = [("name", f"{gpu['name']} ({gpu['isa']})"), ("free memory", f"{human(gpu['available_memory'])} for a model")]
     print_table("GPU", [*rows, *_peak_rows(gpu["peaks"])])
+    providers = [(p["name"], p["computes"], p["missing"] or "at hand") for p in gpu["providers"]]
+    print_table("who computes matrix products on the GPU", providers)
+    chosen: list[tuple[str, ...]] = [
+        (problem, found["choice"], f"{1e6 * found['seconds'][found['choice']]:,.0f} us")
+        for problem, found in sorted(gpu["choices"].items())
+    ]
+    print_table("chosen by measurement", chosen or [("nothing yet: the first model of a kind is measured",)])

@@ -56,10 +56,11 @@ dtype = click.option(
 )
 quantization = click.option(
     "--quantization",
-    type=click.Choice(["int8", "int4", "fp8", "nvfp4"]),
+    type=click.Choice(["int8", "int4", "fp8", "nvfp4", "w8a8"]),
     help="Round the linear layers of an f32, f16 or bf16 model as it is loaded: int8 and fp8 take half the memory of "
-    "bf16 and change little, int4 and nvfp4 take a third of it and cost some quality (the output layer is int8 in "
-    "all). A file that was quantized with data (GPTQ, AWQ, GGUF) is better at 4 bits.",
+    "bf16 and change little, int4 and nvfp4 take a third of it and cost some quality; w8a8 is int8 with one scale "
+    "per row and int8 activations with one per token (the output layer is int8 in groups in all). A file that was "
+    "quantized with data (GPTQ, AWQ, GGUF) is better at 4 bits.",
 )
 kv_cache_dtype = click.option(
     "--kv-cache-dtype",
@@ -74,7 +75,8 @@ activations = click.option(
     type=click.Choice(["auto", "float", "int8"]),
     default="auto",
     help="What quantized weights are multiplied with: activations rounded to int8 per group, which is fastest, or "
-    "floats. auto: int8 where that adds little to the weights' own error (docs/quantization.md has figures).",
+    "floats. auto: int8 where that adds little to the weights' own error (docs/quantization.md has figures); on GPUs "
+    "floats, and FP8 beside FP8.",
 )
 num_speculative_tokens = click.option(
     "--num-speculative-tokens",
@@ -92,7 +94,7 @@ speculative_model = click.option(
 )
 speculative_quantization = click.option(
     "--speculative-quantization",
-    type=click.Choice(["int8", "int4", "fp8", "nvfp4"]),
+    type=click.Choice(["int8", "int4", "fp8", "nvfp4", "w8a8"]),
     help="As --quantization, for the speculative model. MODEL itself, quantized, often makes good guesses.",
 )
 device = click.option(

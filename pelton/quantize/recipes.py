@@ -16,6 +16,7 @@ _RECIPES: dict[str, GroupQuant] = {
     "int4": GroupQuant(4, 32, minimum=True, scale=F16),
     "fp8": GroupQuant(8, ROW, floating=True),
     "nvfp4": GroupQuant(4, 16, scale=E4M3, floating=True, outer=ROW),
+    "w8a8": _CHANNEL,  # beside activations with one scale per token: whole rows of exact integers
 }
 QUANTIZATIONS = tuple(_RECIPES)
 #: Smaller groups cost more in scales than they gain, and kernels take inputs in eights.

@@ -115,7 +115,9 @@ def test_a_quantized_checkpoint_is_not_quantized_again() -> None:
 
 
 def test_an_unknown_choice() -> None:
-    with pytest.raises(PeltonError, match=r"quantization is 'int3'; choose one of int8, int4, fp8, nvfp4, or leave"):
+    with pytest.raises(
+        PeltonError, match=r"is 'int3'; choose one of int8, int4, fp8, nvfp4, w8a8, or leave"
+    ):
         plan(EngineConfig(str(tiny_checkpoint("llama")[0]), quantization="int3"))  # type: ignore[arg-type]
 
 
@@ -144,7 +146,7 @@ def test_dump_graph_and_run_take_the_option(pelton: Any) -> None:
     assert result.exit_code == 0 and "int4g16m:f16[" in result.stdout
     for verb in ("run", "generate", "build", "inspect", "dump-graph"):
         text = " ".join(pelton(verb, "--help").stdout.split())
-        assert "--quantization [int8|int4|fp8|nvfp4]" in text and "better at 4 bits" in text
+        assert "--quantization [int8|int4|fp8|nvfp4|w8a8]" in text and "better at 4 bits" in text
 
 
 def test_generate_runs_quantized(pelton: Any, tmp_path: Path) -> None:

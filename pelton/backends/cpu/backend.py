@@ -55,7 +55,7 @@ class CpuBackend:
     def executor(self, model: Model, on_packed: Callable[[int], None]) -> Executor:
         return CpuExecutor(
             model.program, model.read, model.kv_spec, isa=self.isa, threads=self.threads,
-            activations=model.config.activations,
+            activations=model.config.product_activations,
             content_key=model.content_key() if model.config.packed_cache else None, on_packed=on_packed,
         )  # fmt: skip
 

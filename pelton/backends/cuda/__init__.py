@@ -21,9 +21,6 @@ def cuda_backend(config: EngineConfig, threads: int) -> CudaBackend:
     missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
     if missing:
         raise PeltonError(f"device='cuda' needs {' and '.join(missing)}", "pip install 'pelton[cuda]'")
-    for name, allowed in (("quantization", (None,)), ("kv_cache_dtype", ("auto", "f32", "f16", "bf16"))):
-        if getattr(config, name) not in allowed:
-            raise PeltonError(f"{name} {getattr(config, name)!r} has no kernels for GPUs yet", "leave it out")
     from .device import Device, chosen_device
 
     device = Device(chosen_device())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ...config import EngineConfig
 from ...errors import OutOfMemoryError
@@ -16,13 +17,17 @@ from ..base import Executor
 from ..cpu import _native
 from ..cpu.executor import choose_isa
 from ..cpu.sampler import NativeSampler
+from .activations import Numerics
 from .device import Device
 from .executor import CudaExecutor
 from .graphs import CudaCapture
 from .lora import adapter_bytes
 from .memory import memory_bytes
+from .packing import has_kernel
 from .peaks import measured_peaks
-from .weights import compute_type, device_bytes
+from .providers import PROVIDERS, scratch_sizes
+from .stored import compute_type, device_bytes
+from .tuning import kept_choices, problems_of
 
 #: What libraries take for themselves when a model runs: workspaces of cuBLAS, kernels, recorded graphs. An estimate,
 #: which the largest step puts right before the KV cache is made.
@@ -44,24 +49,28 @@ class CudaBackend:
         self.threads = threads
 
     def lower(self, graph: Graph, limits: Mapping[str, int], max_positions: int) -> Program:
-        return lower(graph, limits, max_positions, compute_type(graph))
+        return lower(graph, limits, max_positions, compute_type(graph, self._config.dtype))
+
+    def numerics(self, graph: Graph, program: Program) -> Numerics:
+        """What the program's products run in."""
+        compute = compute_type(graph, self._config.dtype)
+        return Numerics.of(program, compute, self._config.product_activations, self._device.has_fp8_products)
 
     def sizes(self, graph: Graph, program: Program) -> Sizes:
+        numerics = self.numerics(graph, program)
         adapters = sum(adapter_bytes(table.type) for table in program.adapters)
-        return Sizes(device_bytes(program, compute_type(graph)), 0, memory_bytes(program), adapters, _RUNTIME_BYTES)
+        scratch = sum(scratch_sizes(problems_of(program, numerics), self._device))
+        step = memory_bytes(program, numerics) + scratch
+        return Sizes(device_bytes(program, numerics.compute), 0, step, adapters, _RUNTIME_BYTES)
 
     def notes(self, graph: Graph) -> list[str]:
-        leaves = {n.name: n.tensor for n in graph.leaves("weight") if isinstance(n.tensor.dtype, GroupQuant)}
-        if not leaves:
+        weights = [(n.tensor.dtype, int(n.tensor.shape[-1])) for n in graph.leaves("weight")]
+        quantized = [(type, cols) for type, cols in weights if isinstance(type, GroupQuant)]
+        expanded = sorted({str(type) for type, cols in quantized if not has_kernel(type, cols)})
+        if not expanded:
             return []
-        compute = compute_type(graph)
-        counts = [int(t.shape[0]) * int(t.shape[1]) for t in leaves.values()]
-        bits = [t.dtype.bits_per_weight for t in leaves.values() if isinstance(t.dtype, GroupQuant)]
-        stored = sum(n * b for n, b in zip(counts, bits, strict=True)) / 8
-        return [
-            f"quantized weights run as {compute} on GPUs: {human(sum(counts) * compute.bits / 8)} instead of "
-            f"{human(stored)}"
-        ]
+        compute = compute_type(graph, self._config.dtype)
+        return [f"weights of type {', '.join(expanded)} run as {compute} on GPUs: kernels need groups of 16 columns"]
 
     def block_bytes(self, program: Program, block_size: int) -> int:
         return sum(int(cache.token_bytes) for cache in program.caches) * block_size
@@ -81,7 +90,7 @@ class CudaBackend:
         sampler = NativeSampler(_native.Executor(choose_isa(None), self.threads, 64))
         capture = CudaCapture if self._device.is_cuda and not model.config.enforce_eager else None
         return CudaExecutor(
-            model.program, compute_type(model.graph), model.read, model.kv_spec, sampler, self._device,
+            model.program, self.numerics(model.graph, model.program), model.read, model.kv_spec, sampler, self._device,
             on_sent=on_packed, capture=capture,
         )  # fmt: skip
 
@@ -127,6 +136,14 @@ class CudaBackend:
     def peaks(self) -> dict[str, float]:
         """Measured now: bytes/s as ``read_bandwidth``, FLOP/s by precision."""
         return measured_peaks(self._device, fresh=True)
+
+    def providers(self) -> list[tuple[str, str, str]]:
+        """Who computes matrix products: (name, of which types, why it cannot be asked here, or nothing)."""
+        return [(p.name, p.what, p.missing(self._device) or "") for p in PROVIDERS]
+
+    def choices(self) -> dict[str, Any]:
+        """What was found fastest on this device: see :func:`~pelton.backends.cuda.tuning.kept_choices`."""
+        return kept_choices(self._device)
 
     @property
     def device_name(self) -> str | None:

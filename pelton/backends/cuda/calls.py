@@ -9,9 +9,17 @@ import torch
 
 from ...graph.rope import RopeSpec
 from ...program import AdapterRef, CacheRef, Call, ConstantRef, InputRef, Operand, Program, View
+from .activations import Numerics
 from .lora import AdapterTensors
-from .memory import Frame, Rows, rows_of
+from .memory import CodeMemory, Frame, Rows, rows_of
+from .packing import PackedWeight
+from .stored import device_types
 from .triton import attention, lora, norms, pointwise, rope
+from .triton.cache import Cache
+from .triton.products import dequantize_rows
+from .triton.quantize import quantize_rows
+from .tuning import Products, product_of
+from .weights import Held
 
 #: Starts the kernels of a call, and does not wait for them.
 Launch: TypeAlias = Callable[[Frame], None]
@@ -21,28 +29,34 @@ Params: TypeAlias = Mapping[str, Any]
 class Lowering:
     """The launches of a program.
 
-    constants, caches, adapters: device tensors by the program's numbers. Caches may be replaced in the list, up to the
-    first launch that is captured. workspace: float32, for partial results of decode attention.
+    constants, caches, adapters: on the device, by the program's numbers. Caches may be replaced in the list, up to the
+    first launch that is captured. workspace: float32, for partial results of decode attention. codes: where activations
+    become codes that no kernel has made so.
     """
 
     def __init__(
         self,
         program: Program,
-        constants: Sequence[torch.Tensor],
-        caches: Sequence[torch.Tensor],
+        numerics: Numerics,
+        constants: Sequence[Held],
+        caches: Sequence[Cache],
         adapters: Sequence[AdapterTensors],
         workspace: torch.Tensor,
+        products: Products,
+        codes: CodeMemory,
     ) -> None:
         self._program = program
+        self._numerics, self._types = numerics, device_types(program, numerics.compute)
         self._constants, self._caches, self._adapters = constants, caches, adapters
         self._workspace = workspace
+        self._products, self._codes = products, codes
 
     def launches(self) -> list[Launch]:
         """One per call, in order."""
         return [self._launch(call) for call in self._program.calls]
 
     def _launch(self, call: Call) -> Launch:
-        operands = [
+        operands: list[Any] = [
             rows_of(self._program, call, operand) if isinstance(operand, View) else operand
             for operand in (*call.outputs, *call.operands)
         ]
@@ -62,6 +76,8 @@ class Lowering:
 
     def _embedding(self, params: Params, out: Rows, ids: Operand, table: Operand) -> Launch:
         name, rows = self._input(ids), self._constant(table)
+        if isinstance(rows, PackedWeight):
+            return lambda f: dequantize_rows(f.tensors[out], rows, f.inputs[name])
         return lambda f: pointwise.gather_rows(f.tensors[out], rows, f.inputs[name])
 
     def _take_rows(self, params: Params, out: Rows, x: Rows, indices: Operand) -> Launch:
@@ -69,31 +85,50 @@ class Lowering:
         return lambda f: pointwise.gather_rows(f.tensors[out], f.tensors[x], f.inputs[name])
 
     def _linear(self, params: Params, out: Rows, x: Rows, w: Operand, bias: Operand | None = None) -> Launch:
-        weight, b = self._constant(w), self._constant(bias)
-        return lambda f: linear(f.tensors[out], f.tensors[x], weight, b)
+        _, multiply = self._product(out, x, w, bias)
+        return lambda f: multiply(f, f.tensors[out])
 
     def _gated_linear(self, params: Params, out: Rows, x: Rows, w: Operand, bias: Operand | None = None) -> Launch:
-        weight, b, kind = self._constant(w), self._constant(bias), params["kind"]
+        kind, (columns, multiply) = params["kind"], self._product(out, x, w, bias)
 
         def launch(f: Frame) -> None:
-            both = f.tensors[x].new_empty(len(f.tensors[x]), len(weight), dtype=weight.dtype)
-            linear(both, f.tensors[x], weight, b)
+            both = f.tensors[out].new_empty(len(f.tensors[out]), columns)
+            multiply(f, both)
             pointwise.gated_blocks(f.tensors[out], both, kind)
 
         return launch
 
+    def _product(
+        self, out: Rows, x: Rows, w: Operand, bias: Operand | None
+    ) -> tuple[int, Callable[[Frame, torch.Tensor], None]]:
+        """The columns of a product, and what computes it into a tensor, activations quantized before if need be."""
+        assert isinstance(w, ConstantRef)
+        problem = product_of(self._program, self._numerics, self._types, out.view, x.view, w)
+        product, b = self._products.add(problem, self._constants[w.index]), self._constant(bias)
+        wanted, memory = self._numerics.activations.get(w.index), self._codes
+
+        def multiply(f: Frame, to: torch.Tensor) -> None:
+            left = f.codes.get(x) or f.tensors[x]
+            if wanted is not None and isinstance(left, torch.Tensor):
+                codes = memory.of(wanted, *left.shape)
+                quantize_rows(codes, left)
+                left = codes
+            product(to, left, b)
+
+        return problem.n, multiply
+
     def _rms_norm(self, params: Params, out: Rows, x: Rows, w: Operand) -> Launch:
         weight, eps, offset = self._constant(w), params["eps"], params["weight_offset"]
-        return lambda f: norms.rms_norm(f.tensors[out], f.tensors[x], weight, eps, offset)
+        return lambda f: norms.rms_norm(f.written(out), f.tensors[x], weight, eps, offset)
 
     def _layer_norm(self, params: Params, out: Rows, x: Rows, w: Operand, bias: Operand | None = None) -> Launch:
         weight, b, eps = self._constant(w), self._constant(bias), params["eps"]
-        return lambda f: norms.layer_norm(f.tensors[out], f.tensors[x], weight, b, eps)
+        return lambda f: norms.layer_norm(f.written(out), f.tensors[x], weight, b, eps)
 
     def _add_rms_norm(self, params: Params, total: Rows, out: Rows, a: Rows, b: Rows, w: Operand) -> Launch:
         weight, eps, offset = self._constant(w), params["eps"], params["weight_offset"]
         return lambda f: norms.add_rms_norm(
-            f.tensors[total], f.tensors[out], f.tensors[a], f.tensors[b], weight, eps, offset
+            f.tensors[total], f.written(out), f.tensors[a], f.tensors[b], weight, eps, offset
         )
 
     def _add_layer_norm(
@@ -101,7 +136,7 @@ class Lowering:
     ) -> Launch:
         weight, shift, eps = self._constant(w), self._constant(bias), params["eps"]
         return lambda f: norms.add_layer_norm(
-            f.tensors[total], f.tensors[out], f.tensors[a], f.tensors[b], weight, shift, eps
+            f.tensors[total], f.written(out), f.tensors[a], f.tensors[b], weight, shift, eps
         )
 
     def _add(self, params: Params, out: Rows, a: Rows, b: Rows) -> Launch:
@@ -120,11 +155,11 @@ class Lowering:
 
     def _activation(self, params: Params, out: Rows, x: Rows) -> Launch:
         kind = params["kind"]
-        return lambda f: pointwise.activation(f.tensors[out], f.tensors[x], kind)
+        return lambda f: pointwise.activation(f.written(out), f.tensors[x], kind)
 
     def _gated_activation(self, params: Params, out: Rows, gate: Rows, up: Rows) -> Launch:
         kind = params["kind"]
-        return lambda f: pointwise.gated_activation(f.tensors[out], f.tensors[gate], f.tensors[up], kind)
+        return lambda f: pointwise.gated_activation(f.written(out), f.tensors[gate], f.tensors[up], kind)
 
     def _rope(self, params: Params, out: Rows, x: Rows, positions: Operand, table: Operand) -> Launch:
         spec, name, turns = RopeSpec.of(params), self._input(positions), self._constant(table)
@@ -173,20 +208,3 @@ class Lowering:
             f.tensors[out], f.tensors[y], f.tensors[x], adapter.a, adapter.b, f.inputs[name], adapter.parts,
             adapter.scratch,
         )  # fmt: skip
-
-
-def linear(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """out = x @ weight.T + bias. Products are of weight's type, sums float32, whatever out is rounded to."""
-    x = x.to(weight.dtype)
-    if out.dtype == weight.dtype:
-        if bias is None:
-            torch.mm(x, weight.t(), out=out)
-        else:
-            torch.addmm(bias.to(out.dtype), x, weight.t(), out=out)
-        return
-    if out.is_cuda and out.dtype == torch.float32:
-        torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
-    else:  # a host has no such product; nor is there one that rounds float32
-        out.copy_(x.float() @ weight.float().t())
-    if bias is not None:
-        out.add_(bias)

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import math
-
-from ...graph import DType
 from ...graph.cost import Cost, total
+from ...graph.types import ElementType
 from ...program import Call, ConstantRef, Program, View
 from ..call_cost import CallCost
+from .activations import Numerics
 from .memory import rows_of
-from .weights import device_types, shape_of
+from .stored import PRODUCTS, constant_bytes, device_types, shape_of
 
 
-def call_costs(program: Program, compute: DType) -> list[CallCost]:
+def call_costs(program: Program, numerics: Numerics) -> list[CallCost]:
     """The cost of every call of a program, in order."""
-    types = device_types(program, compute)
-    return [_cost(program, types, call, compute) for call in program.calls]
+    types = device_types(program, numerics.compute)
+    return [_cost(program, types, call, numerics) for call in program.calls]
 
 
-def step_bytes(program: Program, compute: DType) -> Cost:
+def step_bytes(program: Program, numerics: Numerics) -> Cost:
     """Bytes that a step moves, all calls together."""
-    return total([part for cost in call_costs(program, compute) for part in (cost.streamed, cost.activations)])
+    return total([part for cost in call_costs(program, numerics) for part in (cost.streamed, cost.activations)])
 
 
-def _cost(program: Program, types: list[DType], call: Call, compute: DType) -> CallCost:
+def _cost(program: Program, types: list[ElementType], call: Call, numerics: Numerics) -> CallCost:
     streamed: list[Cost] = [{name: factor for name, factor in call.bytes.items() if name.startswith("read/")}]
     activations: list[Cost] = []
     for operand in (*call.outputs, *call.operands):
@@ -31,10 +30,19 @@ def _cost(program: Program, types: list[DType], call: Call, compute: DType) -> C
             buffer, dim = program.buffers[operand.buffer], rows_of(program, call, operand).dim
             if call.kernel == "take_rows":  # of what it selects from, too, only the selected rows are read
                 dim = program.rows_of(call)
-            activations.append({dim: operand.cols * buffer.dtype.bits / 8})
+            wanted = numerics.quantized.get(operand.buffer)
+            size = buffer.dtype.bits / 8 if wanted is None else 1 + 4 * wanted.groups(operand.cols) / operand.cols
+            activations.append({dim: operand.cols * size})
         elif isinstance(operand, ConstantRef) and program.constants[operand.index].expr is not None:
-            shape, size = shape_of(program.constants[operand.index]), types[operand.index].bits / 8
+            constant = program.constants[operand.index]
+            size = constant_bytes(constant, types[operand.index])
             looked_up = call.kernel == "embedding"
-            streamed.append({program.rows_of(call): shape[1] * size} if looked_up else {"1": math.prod(shape) * size})
-    multiplies = call.kernel in ("linear", "gated_linear", "attention")
-    return CallCost(call, call.flops, total(streamed), total(activations), compute.name if multiplies else "f32")
+            streamed.append({program.rows_of(call): size / shape_of(constant)[0]} if looked_up else {"1": size})
+    return CallCost(call, call.flops, total(streamed), total(activations), _precision(call, numerics))
+
+
+def _precision(call: Call, numerics: Numerics) -> str:
+    if call.kernel == "attention":
+        return numerics.compute.name
+    weight = call.operands[1] if call.kernel in PRODUCTS else None
+    return numerics.precision(weight.index) if isinstance(weight, ConstantRef) else "f32"

@@ -26,12 +26,19 @@ class Device:
         self.num_sms = torch.cuda.get_device_properties(torch_device).multi_processor_count if self.is_cuda else 1
 
     @property
+    def capability(self) -> tuple[int, int] | None:
+        """Of a GPU; None where kernels run in the interpreter, which can do everything."""
+        return torch.cuda.get_device_capability(self.torch_device) if self.is_cuda else None
+
+    @property
     def architecture(self) -> str:
         """Such as ``sm_90``."""
-        if not self.is_cuda:
-            return "interpreter"
-        major, minor = torch.cuda.get_device_capability(self.torch_device)
-        return f"sm_{major}{minor}"
+        return "interpreter" if self.capability is None else "sm_{}{}".format(*self.capability)
+
+    @property
+    def has_fp8_products(self) -> bool:
+        """From Ada on."""
+        return self.capability is None or self.capability >= (8, 9)
 
     @property
     def name(self) -> str:

@@ -10,23 +10,26 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...graph import DType
 from ...program import Program, View
 from ...program.weights import Reader
 from ..base import Batch, KVSpec, SampledToken, Sampler, StepOutput, StepProfile, StepStats
 from ..host import AdapterPart, BatchExecutor, check_blocks, last_tokens, rows_of_logits
 from ..step_inputs import Ints, StepInputs
 from . import weights
+from .activations import Numerics
 from .calls import Lowering
 from .costs import call_costs, step_bytes
 from .device import Device, Mark
 from .graphs import Capture, CudaCapture, Graphs, buckets_for
 from .inputs import Sizes, padded
 from .lora import AdapterTensors
-from .memory import TORCH_TYPES, Frame, StepMemory
+from .memory import CACHE_TYPES, CodeMemory, Frame, StepMemory, code_bytes
+from .providers import Scratch
 from .sampling import SamplingWords
+from .triton.cache import Cache
 from .triton.pointwise import fill_pending
 from .triton.sampling import sample
+from .tuning import Products, problems_of
 
 
 @dataclass(slots=True)
@@ -47,7 +50,7 @@ class _Step:
 class CudaExecutor(BatchExecutor):
     """Runs a program on a GPU. Before the first step, :meth:`allocate` must give it a KV cache.
 
-    compute: the type of products. read: yields a checkpoint tensor by name. sampler: for requests that the device's
+    read: yields a checkpoint tensor by name. sampler: for requests that the device's
     does not serve. on_sent(bytes) reports progress. capture: how decode steps are recorded, None: not at all.
 
     A step starts when it is submitted: the tokens that it needs of the step before are on the device. Only behind a
@@ -57,7 +60,7 @@ class CudaExecutor(BatchExecutor):
     def __init__(
         self,
         program: Program,
-        compute: DType,
+        numerics: Numerics,
         read: Reader,
         kv_spec: KVSpec,
         sampler: Sampler,
@@ -66,21 +69,27 @@ class CudaExecutor(BatchExecutor):
         on_sent: Callable[[int], None] = lambda size: None,
         capture: Callable[[Device], Capture] | None = CudaCapture,
     ) -> None:
-        super().__init__(kv_spec, sampler, program.flops, step_bytes(program, compute), program.adapters)
+        super().__init__(kv_spec, sampler, program.flops, step_bytes(program, numerics), program.adapters)
         self.program = program
-        self._compute = compute
-        self.precision = compute.name
+        self._numerics = numerics
+        self.precision = numerics.main_precision(program)
         self._device = device
         self._capture = capture
         self._graphs: Graphs | None = None
         with device.active():
-            constants = weights.load(program, compute, read, device.torch_device, on_sent)
+            constants = weights.load(program, numerics.compute, read, device.torch_device, on_sent)
             max_blocks = -(-kv_spec.max_model_len // kv_spec.block_size)
-            self._memory = StepMemory(program, device, max_blocks, kv_spec.block_size)
+            self._memory = StepMemory(program, device, max_blocks, kv_spec.block_size, numerics.quantized)
             self._tables = self._new_tables()
-            self._caches: list[torch.Tensor] = []
-            lowering = Lowering(program, constants, self._caches, self._tables, self._memory.workspace)
+            self._caches: list[Cache] = []
+            on = device.torch_device
+            self._products = Products(device, Scratch.of(problems_of(program, numerics), device))
+            codes = CodeMemory(torch.empty(code_bytes(program, numerics), dtype=torch.uint8, device=on))
+            lowering = Lowering(
+                program, numerics, constants, self._caches, self._tables, self._memory.workspace, self._products, codes
+            )
             self._launches = lowering.launches()
+            self._products.choose()
         rows = program.limits["L"]
         self._landing = [torch.zeros(rows, 2, dtype=torch.int32, pin_memory=device.is_cuda) for _ in range(2)]
         self._fetched_rows: dict[View, torch.Tensor] = {}  # where logits and hidden states land that the host wants
@@ -99,9 +108,9 @@ class CudaExecutor(BatchExecutor):
     def _new_caches(self, num_blocks: int) -> None:
         self._caches.clear()  # the old ones first
         on, size = self._device.torch_device, self._kv_spec.block_size
-        for cache in self.program.caches:
-            shape = (num_blocks, 2, cache.num_kv_heads, size, cache.head_dim)
-            self._caches.append(torch.zeros(shape, dtype=TORCH_TYPES[cache.dtype], device=on))
+        for kind in self.program.caches:
+            dtype = CACHE_TYPES[kind.dtype]
+            self._caches.append(Cache.zeros(dtype, num_blocks, kind.num_kv_heads, size, kind.head_dim, on))
 
     def run_largest_step(self) -> None:
         """Take all memory that any step takes, and compile its kernels. The KV cache is lost."""
@@ -206,7 +215,7 @@ class CudaExecutor(BatchExecutor):
                 launch(frame)
                 marks.append(self._device.mark())
         marks[-1].wait()
-        calls = zip(call_costs(self.program, self._compute), itertools.pairwise(marks), strict=True)
+        calls = zip(call_costs(self.program, self._numerics), itertools.pairwise(marks), strict=True)
         stats = tuple(cost.stats(inputs.shape, after.seconds_since(before)) for cost, (before, after) in calls)
         return StepProfile(marks[-1].seconds_since(marks[0]), stats)
 
@@ -282,7 +291,7 @@ class CudaExecutor(BatchExecutor):
         if copies:
             sources, targets = torch.tensor(copies, device=self._device.torch_device).unbind(1)
             for cache in self._caches:
-                cache[targets] = cache[sources]
+                cache.memory[targets] = cache.memory[sources]
 
     def collect(self, ticket: int) -> StepOutput:
         step = self._flights.pop(0)
@@ -321,12 +330,12 @@ class CudaExecutor(BatchExecutor):
     def read_blocks(self, block_ids: Sequence[int]) -> list[npt.NDArray[np.uint8]]:
         with self._device.active():
             ids = torch.tensor(list(block_ids), device=self._device.torch_device)
-            return [_bytes_of(cache[ids]).cpu().numpy() for cache in self._caches]
+            return [cache.memory[ids].cpu().numpy() for cache in self._caches]
 
     def write_blocks(self, block_ids: Sequence[int], blocks: Sequence[npt.NDArray[np.uint8]]) -> None:
         with self._device.active():
             ids = torch.tensor(list(block_ids), device=self._device.torch_device)
-            caches = [_bytes_of(cache) for cache in self._caches]
+            caches = [cache.memory for cache in self._caches]
             check_blocks(len(block_ids), [cache.shape[1] for cache in caches], blocks)
             for cache, block in zip(caches, blocks, strict=True):
                 cache[ids] = torch.from_numpy(np.ascontiguousarray(block)).to(cache.device)
@@ -343,11 +352,6 @@ class CudaExecutor(BatchExecutor):
             for held in (self._flights, self._launches, self._tables, self._caches, self._landing, self._fetched_rows):
                 held.clear()
             self._memory = None  # type: ignore[assignment]
-
-
-def _bytes_of(cache: torch.Tensor) -> torch.Tensor:
-    """uint8 [blocks, bytes of a block]: the same memory."""
-    return cache.view(len(cache), -1).view(torch.uint8)
 
 
 def _last_rows(batch: Batch) -> dict[str, int]:

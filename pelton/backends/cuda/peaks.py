@@ -38,6 +38,14 @@ def measure_peaks(device: Device, num_bytes: int = 1 << 28, size: int = 8192, tr
             out = torch.empty_like(a)
             product: Callable[[], object] = lambda a=a, b=b, out=out: torch.mm(a, b, out=out)  # type: ignore[misc]  # noqa: E731
             peaks[type.name] = 2 * edge**3 / _best(device, product, tries)
+        codes = (32 * torch.randn(2, size, size, device=on)).clamp(-127, 127)
+        a, b = codes.to(torch.int8).unbind()
+        peaks["int8"] = 2 * size**3 / _best(device, lambda: torch._int_mm(a, b.t()), tries)
+        if device.has_fp8_products:
+            c, d = codes.to(torch.float8_e4m3fn).unbind()
+            one = torch.ones((), device=on)
+            fp8 = lambda: torch._scaled_mm(c, d.t(), one, one, out_dtype=torch.bfloat16)  # noqa: E731
+            peaks["fp8"] = 2 * size**3 / _best(device, fp8, tries)
     return peaks
 
 

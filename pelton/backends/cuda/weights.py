@@ -1,118 +1,79 @@
-"""Constants in device memory: sent tensor by tensor, quantized codes turned into floats on the device."""
+"""Constants in device memory: sent tensor by tensor, quantized codes packed on the device."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ...graph import BF16, F16, F32, DType, Graph, Node
+from ...graph import DType, GroupQuant, Node
 from ...graph.quantized import CODE_VALUES, QuantizedArray
-from ...program import Constant, ConstantRef, Program
+from ...graph.types import ElementType
+from ...program import Constant, Program
 from ...program.weights import Reader, evaluate, vector
+from . import packing
 from .memory import TORCH_TYPES
+from .packing import PackedWeight
+from .stored import device_types, distinct, shape_of
 
 #: Of a piece of a tensor on its way: two of them are in flight.
 _PIECE = 32 << 20
-_PRODUCTS = ("linear", "gated_linear")
 
-
-def compute_type(graph: Graph) -> DType:
-    """The type that products run in: float32 where all matrices are, else the 16-bit type of most of them.
-
-    Quantized matrices are turned into bfloat16.
-    """
-    matrices = [n.tensor for n in graph.leaves("weight") if len(n.tensor.shape) > 1]
-    sizes = dict.fromkeys((F32, F16, BF16), 0)
-    for tensor in matrices:
-        dtype = tensor.dtype if isinstance(tensor.dtype, DType) else BF16
-        sizes[dtype] += int(tensor.shape[0]) * int(tensor.shape[1])
-    narrow = max((F16, BF16), key=lambda d: sizes[d])
-    return narrow if sizes[narrow] else F32
-
-
-def device_types(program: Program, compute: DType) -> list[DType]:
-    """What each constant is stored in: matrices, and what products add, as products need them; all else float32."""
-    added = {
-        operand.index
-        for call in program.calls
-        for operand in call.operands[2:]
-        if call.kernel in _PRODUCTS and isinstance(operand, ConstantRef)
-    }
-
-    def type_of(index: int, constant: Constant) -> DType:
-        if constant.expr is None or (constant.packing == "vector" and index not in added):
-            return F32
-        if constant.packing == "vector":
-            return compute
-        return F32 if constant.expr.tensor.dtype == F32 else compute
-
-    return [type_of(i, c) for i, c in enumerate(program.constants)]
-
-
-def shape_of(constant: Constant) -> tuple[int, ...]:
-    attrs = dict(constant.attrs)
-    if constant.expr is not None:
-        return tuple(int(d) for d in constant.expr.tensor.shape)
-    return (attrs["positions"], attrs["rotary_dim"]) if constant.packing == "rope" else (attrs["num_heads"],)
-
-
-def distinct(program: Program, types: list[DType]) -> dict[tuple[Any, ...], list[int]]:
-    """Constants that are the same data, such as an output layer tied to the table of embeddings: kept once."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for index, constant in enumerate(program.constants):
-        key = (constant.expr or (constant.packing, constant.attrs), types[index])
-        groups.setdefault(key, []).append(index)
-    return groups
-
-
-def device_bytes(program: Program, compute: DType) -> int:
-    """Of all constants."""
-    types = device_types(program, compute)
-    first = [indices[0] for indices in distinct(program, types).values()]
-    return sum(math.prod(shape_of(program.constants[i])) * types[i].bits // 8 for i in first)
+#: A constant on the device.
+Held: TypeAlias = "torch.Tensor | PackedWeight"
 
 
 def load(
     program: Program, compute: DType, read: Reader, device: torch.device, on_sent: Callable[[int], None]
-) -> list[torch.Tensor]:
+) -> list[Held]:
     """All constants on the device, by number. on_sent: called with the bytes of each that is there."""
     types = device_types(program, compute)
     sender = _Sender(device)
-    loaded: dict[int, torch.Tensor] = {}
+    loaded: dict[int, Held] = {}
     for indices in distinct(program, types).values():
-        constant, dtype = program.constants[indices[0]], TORCH_TYPES[types[indices[0]]]
-        tensor = torch.empty(shape_of(constant), dtype=dtype, device=device)
-        if constant.expr is None:
-            sender.send(vector(constant, read), tensor)
-        else:
-            for expr, part in _parts(constant.expr, tensor):
-                value = evaluate(expr, read)
-                if isinstance(value, QuantizedArray):
-                    sender.dequantize(value, part)
-                else:
-                    sender.send(value, part)
-        loaded |= dict.fromkeys(indices, tensor)
-        on_sent(tensor.nbytes)
+        constant, type = program.constants[indices[0]], types[indices[0]]
+        held = _load(constant, type, read, sender, device)
+        loaded |= dict.fromkeys(indices, held)
+        on_sent(held.nbytes)
     sender.wait()
     return [loaded[i] for i in range(len(program.constants))]
 
 
-def _parts(expr: Node, tensor: torch.Tensor) -> Iterator[tuple[Node, torch.Tensor]]:
-    """Stacked matrices apart: each is sent to its rows, and never lies on the host beside the others."""
+def _load(constant: Constant, type: ElementType, read: Reader, sender: _Sender, device: torch.device) -> Held:
+    if isinstance(type, GroupQuant):
+        assert constant.expr is not None
+        rows, cols = shape_of(constant)
+        packed = packing.empty(type, rows, cols, device)
+        for expr, first in _parts(constant.expr):
+            codes = evaluate(expr, read)
+            assert isinstance(codes, QuantizedArray)
+            sender.pack(codes, packed, first)
+        return packed
+    tensor = torch.empty(shape_of(constant), dtype=TORCH_TYPES[type], device=device)
+    if constant.expr is None:
+        sender.send(vector(constant, read), tensor)
+        return tensor
+    for expr, first in _parts(constant.expr):
+        value, to = evaluate(expr, read), tensor[first : first + int(expr.tensor.shape[0])]
+        if isinstance(value, QuantizedArray):
+            sender.dequantize(value, to)
+        else:
+            sender.send(value, to)
+    return tensor
+
+
+def _parts(expr: Node, first: int = 0) -> Iterator[tuple[Node, int]]:
+    """Stacked matrices apart, with their first row: none lies on the host beside the others."""
     if expr.op != "concat":
-        yield expr, tensor
+        yield expr, first
         return
-    row = 0
     for part in expr.inputs:
-        rows = int(part.tensor.shape[0])
-        yield from _parts(part, tensor[row : row + rows])
-        row += rows
+        yield from _parts(part, first)
+        first += int(part.tensor.shape[0])
 
 
 class _Sender:
@@ -147,6 +108,14 @@ class _Sender:
             to[start : start + len(piece)].copy_(pinned, non_blocking=True)
             done.record()
             self._turn = 1 - self._turn
+
+    def pack(self, value: QuantizedArray, to: PackedWeight, first: int) -> None:
+        """Codes and scales become rows ``first`` and up, some at a time."""
+        rows, cols = value.shape
+        step = max(1, _PIECE // (4 * cols))  # codes, and what packing makes of them on its way
+        for row in range(0, rows, step):
+            parts = [None if part is None else self._there(part) for part in value[row : row + step].parts()]
+            packing.write(to, first + row, *parts)
 
     def dequantize(self, value: QuantizedArray, to: torch.Tensor) -> None:
         """As :meth:`QuantizedArray.dequantize`, some rows at a time, then rounded to the type of ``to``."""
@@ -183,10 +152,14 @@ class _Sender:
 
 
 def _as_tensor(value: npt.NDArray[Any]) -> torch.Tensor:
-    """The same memory; bfloat16, which NumPy has from ``ml_dtypes``, as torch's."""
+    """The same memory; bfloat16, which NumPy has from ``ml_dtypes``, as torch's, types of 8 bits as bytes."""
     array = np.ascontiguousarray(value)
     is_bf16 = array.dtype.name == "bfloat16"
+    if is_bf16:
+        array = array.view(np.int16)
+    elif array.dtype.name.startswith("float8"):
+        array = array.view(np.uint8)
     with warnings.catch_warnings():  # of mapped files: nobody writes to the tensor
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        tensor = torch.from_numpy(array.view(np.int16) if is_bf16 else array)
+        tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if is_bf16 else tensor

@@ -24,10 +24,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from pelton.backends.cuda.triton import attention, lora, norms, pointwise, rope, sampling
+from pelton.backends.cuda.triton import lora, norms, pointwise, quantize, rescale, rope, sampling
+from tests.backends.cuda.compile_caches import launch_caches
+from tests.backends.cuda.compile_products import launch_products
 
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8",
 }  # fmt: skip
 #: What is launched: kernel, and how it is specialised.
 _launched: dict[str, tuple[JITFunction, ASTSource, dict[str, Any]]] = {}
@@ -69,16 +72,20 @@ def _floats(*shape: int) -> torch.Tensor:
     return _t(*shape, dtype=torch.float32)
 
 
-def _attention(
-    dtype: torch.dtype, heads: int, kv_heads: int, dim: int, splits: int, window: int = 0, softcap: float = 0.0,
-    alibi: bool = False,
-) -> None:  # fmt: skip
-    q, cache = _t(32, heads * dim, dtype=dtype), _t(64, 2, kv_heads, 16, dim, dtype=dtype)
-    step = (_ints(4096), _ints(1), _ints(32), _ints(33))
-    named = {"num_heads": heads, "scale": 0.1, "window": window, "softcap": softcap}
-    slopes = _floats(heads) if alibi else None
-    attention.prefill_attention(q, q, cache, *step, _ints(8, 2), slopes, **named)
-    attention.decode_attention(q, q, cache, *step, _ints(32), slopes, _floats(1 << 20), num_splits=splits, **named)
+def _quantized_activations() -> None:
+    """Codes as each kernel writes them, in the widths of Llama 3 8B, 70B and 405B."""
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        for columns, groups in ((4096, 1), (4096, 32), (8192, 1), (14336, 1), (14336, 112), (16384, 1), (53248, 1)):
+            out = quantize.Codes(_t(32, columns, dtype=dtype), _floats(groups, 32))
+            x, total, weight = _t(32, columns), _floats(32, columns), _floats(columns)
+            quantize.quantize_rows(out, x)
+            pointwise.gated_activation(out, x, x, "silu")
+            pointwise.gated_blocks(out, _t(32, 2 * columns), "silu")
+            pointwise.activation(out, x, "gelu")
+            if columns <= quantize.ROW_COLUMNS:
+                norms.rms_norm(out, total, weight, 1e-5, 0.0)
+                norms.add_rms_norm(total, out, total, x, weight, 1e-5, 0.0)
+                norms.add_layer_norm(total, out, total, x, weight, weight, 1e-5)
 
 
 def launch_everything() -> None:
@@ -100,27 +107,22 @@ def launch_everything() -> None:
         pointwise.activation(x, x, kind)
         pointwise.gated_activation(_t(32, 14336), both[:, :14336], both[:, 14336:], kind)
     pointwise.gated_blocks(_t(32, 14336), both, "silu")
-    qkv, cache, table = _t(32, 6144), _t(64, 2, 8, 16, 128), _floats(8192, 128)
-    q, k, v = qkv[:, :4096], qkv[:, 4096:5120], qkv[:, 5120:]
-    rope.rope_kv_write(x, cache, q, k, v, _ints(32), _ints(32), table, 128, 128, False)
+    q, table = _t(32, 4096), _floats(8192, 128)
     rope.rope(x, q, _ints(32), table, 128, 128, False)
     rope.rope(_t(32, 2560), _t(32, 2560), _ints(32), _floats(2048, 32), 80, 32, True)
-    rope.kv_write(cache, k, v, _ints(32))
-    _attention(torch.bfloat16, 32, 8, 128, 1)
-    _attention(torch.bfloat16, 32, 8, 128, 8)
-    _attention(torch.float16, 32, 32, 80, 64)
-    _attention(torch.float32, 15, 5, 64, 2)
-    _attention(torch.bfloat16, 8, 4, 256, 1, window=4096, softcap=50.0)
-    _attention(torch.bfloat16, 71, 1, 64, 4, alibi=True)
+    launch_caches()
     for vocab in (128256, 4000):
         logits, words = _floats(32, vocab), _ints(32, sampling.NUM_WORDS)
         scratch = _t(sampling.scratch_words(32, vocab), dtype=torch.int64)
         sampling.sample(_ints(32, 2), logits, words, scratch)
-    widths = (4096, 1024, 1024)
+    widths, qkv = (4096, 1024, 1024), _t(32, 6144)
     parts = lora.lora_parts(widths, torch.device("meta"))
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         tables = _t(4, 3 * 16, 4096, dtype=dtype), _t(4, sum(widths), 16, dtype=dtype)
         lora.lora(qkv, qkv, x, *tables, _ints(32), parts, _floats(32, 3 * 16))
+    _quantized_activations()
+    rescale.rescale(x, _t(32, 4096, dtype=torch.int32), _floats(32), weight, None)
+    launch_products()
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

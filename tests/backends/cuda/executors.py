@@ -7,10 +7,10 @@ from typing import Any
 
 from pelton.backends.cpu import _native
 from pelton.backends.cpu.sampler import NativeSampler
+from pelton.backends.cuda.backend import CudaBackend
 from pelton.backends.cuda.device import Device
 from pelton.backends.cuda.executor import CudaExecutor
 from pelton.backends.cuda.graphs import CudaCapture
-from pelton.backends.cuda.weights import compute_type
 from pelton.build import plan
 from pelton.config import EngineConfig
 from tests.backends.cuda.device import DEVICE
@@ -33,8 +33,10 @@ def executor(folder: Any, *, graphs: bool = True, **options: Any) -> CudaExecuto
     planned = plan(EngineConfig(model=str(folder), device="cuda", kv_cache_memory=1 << 23, **options))
     capture = (CudaCapture if DEVICE.type == "cuda" else HostCapture) if graphs else None
     read: Callable[[str], Any] = lambda name: planned.checkpoint.tensors[name].read()  # noqa: E731
+    backend = planned.backend
+    assert isinstance(backend, CudaBackend)
     made = CudaExecutor(
-        planned.program, compute_type(planned.graph), read, planned.kv_spec,
+        planned.program, backend.numerics(planned.graph, planned.program), read, planned.kv_spec,
         NativeSampler(_native.Executor("generic", 1, 64)), Device(DEVICE), capture=capture,
     )  # fmt: skip
     made.run_largest_step()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,11 @@ from pelton.backends.cuda.triton.attention import (
     prefill_attention,
     prefill_tiles,
 )
+from pelton.backends.cuda.triton.cache import SCALED, Cache
 from pelton.backends.cuda.triton.common import INTERPRETED
-from pelton.graph.ops import _attention, alibi_slopes
+from pelton.graph.ops import _attention, _scaled_tokens, alibi_slopes, scaled_token
+from pelton.graph.quantized import CODE_VALUES
+from tests.backends.cuda.test_rope import CODES
 from tests.helpers.tolerance import assert_within
 
 BLOCK = 16
@@ -37,6 +40,7 @@ class Shape:
     window: int = 0
     softcap: float = 0.0
     alibi: bool = False
+    spread: float = 1.0  # of keys and values
 
     @property
     def attrs(self) -> dict[str, Any]:
@@ -48,12 +52,35 @@ def numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape, np.float32)).to(dtype)
 
 
+def encoded(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Codes and scales as ``kv_write`` has them, or numbers of this type."""
+    if dtype not in SCALED:
+        return x.to(dtype), None
+    tokens = _scaled_tokens(x.numpy(), scaled_token(CODES[dtype], x.shape[-1]))
+    codes = np.ascontiguousarray(tokens["codes"]).view(np.int8 if dtype == torch.int8 else np.uint8)
+    return torch.from_numpy(codes), torch.from_numpy(np.ascontiguousarray(tokens["scale"]))
+
+
+def values_of(codes: torch.Tensor) -> torch.Tensor:
+    """What codes of int8 and FP8 stand for."""
+    return codes.float() if codes.dtype == torch.int8 else torch.from_numpy(CODE_VALUES[8][codes.numpy()])
+
+
+def on_device(cache: Cache) -> Cache:
+    """A copy."""
+    _, _, kv_heads, block_size, head_dim = cache.codes.shape
+    copy = Cache.zeros(cache.codes.dtype, len(cache.codes), kv_heads, block_size, head_dim, DEVICE)
+    copy.memory.copy_(cache.memory)
+    return copy
+
+
 @dataclass
 class Step:
     """Sequences of (length in the cache, query tokens), their keys and values in blocks drawn at random.
 
     cache: NaN wherever no query may look: slots beyond a sequence or before its window, and blocks of nobody, which the
-    table names where nothing may be read. whole: zeros there instead, which is what the reference reads.
+    table names where nothing may be read; of caches with scales these are NaN, codes are not zero. whole: zeros there
+    instead, which is what the reference reads, as float32.
     """
 
     shape: Shape
@@ -69,29 +96,37 @@ class Step:
         free = rng.permutation(sum(counts) + 2)
         self.width = max(counts) + 2  # wider than any sequence needs
         self.table = np.full((len(counts), self.width), free[-1], np.int32)
-        self.cache = torch.full((len(free), 2, s.kv_heads, BLOCK, s.head_dim), torch.nan, dtype=s.dtype)
-        self.whole = torch.zeros_like(self.cache)
+        self.cache = Cache.zeros(s.dtype, len(free), s.kv_heads, BLOCK, s.head_dim, torch.device("cpu"))
+        self.cache.codes.fill_(3 if s.dtype in SCALED else torch.nan)
+        if self.cache.scales is not None:
+            self.cache.scales.fill_(torch.nan)
+        self.whole = torch.zeros(self.cache.codes.shape)
         for i, (length, queries) in enumerate(self.sequences):
             blocks, free = free[: counts[i]], free[counts[i] :]
             self.table[i, : counts[i]] = blocks
             n = np.arange(length)
-            content = numbers(length, 2, s.kv_heads, s.head_dim, seed=self.seed + i, dtype=s.dtype)
-            self.whole[blocks[n // BLOCK], :, :, n % BLOCK] = content
+            content = numbers(length, 2, s.kv_heads, s.head_dim, seed=self.seed + i) * s.spread
+            codes, scales = encoded(content, s.dtype)
+            means = codes.float() if scales is None else values_of(codes) * scales[..., None]
+            self.whole[blocks[n // BLOCK], :, :, n % BLOCK] = means
             n = n[max(0, length - queries + 1 - s.window) if s.window else 0 :]
             self.table[i, : n[0] // BLOCK if length else 0] = free[-1]
-            self.cache[blocks[n // BLOCK], :, :, n % BLOCK] = content[n]
+            self.cache.codes[blocks[n // BLOCK], :, :, n % BLOCK] = codes[n]
+            if self.cache.scales is not None and scales is not None:
+                self.cache.scales[blocks[n // BLOCK], :, :, n % BLOCK] = scales[n]
         self.starts = np.cumsum([0] + [n for _, n in self.sequences]).astype(np.int32)
         self.lens = np.array([n for n, _ in self.sequences], np.int32)
         width = s.heads * s.head_dim
         # Columns of a wider matrix, and two rows of nobody. Queries are numbers of the cache's type, lest rounding
         # them be an error of its own.
-        wide = numbers(int(self.starts[-1]) + 2, width + 5, seed=self.seed + 99, dtype=s.dtype).to(self.dtype)
+        stored = self.dtype if s.dtype in SCALED else s.dtype
+        wide = numbers(int(self.starts[-1]) + 2, width + 5, seed=self.seed + 99, dtype=stored).to(self.dtype)
         self.q = wide.to(DEVICE)[:, 3:-2]
         self.out = torch.full((len(wide), width + 1), 7.0, dtype=self.dtype, device=DEVICE)[:, :-1]
 
-    def operands(self) -> tuple[torch.Tensor, ...]:
+    def operands(self) -> tuple[Any, ...]:
         ints = (self.table.reshape(-1), np.array([self.width], np.int32), self.lens, self.starts)
-        return (self.out, self.q, self.cache.to(DEVICE), *(torch.from_numpy(a).to(DEVICE) for a in ints))
+        return (self.out, self.q, on_device(self.cache), *(torch.from_numpy(a).to(DEVICE) for a in ints))
 
     def slopes(self) -> torch.Tensor | None:
         return torch.from_numpy(alibi_slopes(self.shape.heads)).to(DEVICE) if self.shape.alibi else None
@@ -100,7 +135,7 @@ class Step:
         """The tiles of all sequences, or of these; one of nobody among them."""
         s = self.shape
         lens = [n if of is None or i in of else 0 for i, (_, n) in enumerate(self.sequences)]
-        tiles = prefill_tiles(lens, self.lens, s.heads // s.kv_heads, s.head_dim, s.dtype)
+        tiles = prefill_tiles(lens, self.lens, s.heads // s.kv_heads, s.head_dim, s.dtype, self.dtype)
         tiles = torch.from_numpy(np.insert(tiles, len(tiles) // 2, -1, axis=0)).to(DEVICE)
         prefill_attention(*self.operands(), tiles, self.slopes(), **s.attrs)
 
@@ -119,14 +154,17 @@ class Step:
         s = self.shape
         attrs = s.attrs | {"alibi": s.alibi}
         q = self.q.cpu().float().numpy()
-        paged = self.whole.float().permute(1, 0, 3, 2, 4).numpy().copy()  # the reference's order
+        paged = self.whole.permute(1, 0, 3, 2, 4).numpy().copy()  # the reference's order
         lens = np.maximum(self.lens, 1)  # it knows no sequences of nobody
         want = _attention(attrs, q, paged, self.table, lens, self.starts)
-        # Beyond float32: each weight is rounded once, and so is the result.
+        # Beyond float32: each weight is rounded once, to the type of the values, and so is the result.
         paged[1] = np.abs(paged[1])
         size = _attention(attrs, q, paged, self.table, lens, self.starts)
         limit = 40 * np.finfo(np.float32).eps * max(1.0, float(np.abs(want).max()))
-        bound = limit + (ROUNDING[s.dtype] + ROUNDING[self.dtype]) * size
+        weights = s.dtype
+        if s.dtype in SCALED:
+            weights = torch.float32 if self.dtype == torch.float32 else torch.bfloat16
+        bound = limit + (ROUNDING[weights] + ROUNDING[self.dtype]) * size
         seen = np.zeros(len(q), bool)
         for i in range(len(self.sequences)) if of is None else of:
             seen[self.starts[i] : self.starts[i + 1]] = True
@@ -193,6 +231,58 @@ def test_queries_of_another_type_than_the_cache(dtype: torch.dtype) -> None:
         step.check()
 
 
+#: Shapes of caches with scales, and types of queries.
+CODED = {
+    "int8, bf16": (Shape(heads=6, kv_heads=2, dtype=torch.int8), torch.bfloat16),
+    "int8, f16, window": (Shape(heads=2, kv_heads=2, head_dim=80, dtype=torch.int8, window=18), torch.float16),
+    "int8, f32, softcap, alibi": (Shape(head_dim=12, dtype=torch.int8, softcap=3.0, alibi=True), torch.float32),
+    "fp8, bf16, alibi": (Shape(head_dim=12, dtype=torch.uint8, alibi=True), torch.bfloat16),
+    "fp8, f16, softcap": (Shape(heads=6, kv_heads=2, dtype=torch.uint8, softcap=2.0), torch.float16),
+    "fp8, f32, window": (Shape(heads=2, kv_heads=1, head_dim=24, dtype=torch.uint8, window=90), torch.float32),
+    "int8, f16, small": (Shape(dtype=torch.int8, spread=1e-6), torch.float16),
+    "fp8, bf16, small": (Shape(dtype=torch.uint8, spread=1e-6), torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_codes_mean_what_the_op_says(name: str) -> None:
+    shape, dtype = CODED[name]
+    step = Step(shape, CHUNKS, seed=3, dtype=dtype)
+    step.prefill()
+    step.check()
+    for splits in (1, 4):
+        step = Step(shape, TOKENS, seed=5, dtype=dtype)
+        step.decode(splits, [4, 0, -1, 2, 1])
+        step.check([0, 1, 2, 4])
+
+
+def broken_heads(step: Step, part: int, position: int) -> list[list[bool]]:
+    """Which heads of which queries are NaN, all their columns, when head 1 at a position is not finite."""
+    assert step.cache.scales is not None
+    for blocks in step.table:
+        step.cache.codes[blocks[position // BLOCK], part, 1, position % BLOCK] = 0
+        step.cache.scales[blocks[position // BLOCK], part, 1, position % BLOCK] = torch.inf
+    step.prefill(of=(0,))
+    step.decode(2, [1])
+    heads = step.out[: step.starts[-1]].cpu().unflatten(1, (2, 16))
+    assert torch.equal(heads.isnan().any(-1), ~heads.isfinite().all(-1))
+    assert torch.equal(heads.isnan().any(-1), heads.isnan().all(-1))
+    broken: list[list[bool]] = heads.isnan().any(-1).tolist()
+    return broken
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # the interpreter's NumPy
+@pytest.mark.parametrize("part", [0, 1])  # keys, values
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_infinite_scale_breaks_those_who_see_it_alone(dtype: torch.dtype, part: int) -> None:
+    fine, broken = [False, False], [False, True]
+    shape = Shape(heads=2, kv_heads=2, dtype=torch.int8)
+    late = Step(shape, [(70, 3), (70, 1)], dtype=dtype)  # queries 67 to 69, and 69
+    assert broken_heads(late, part, 68) == [fine, broken, broken, broken]
+    early = Step(replace(shape, window=5), [(90, 2), (90, 1)], dtype=dtype)  # from 84 on, 85 on, and 85 on
+    assert broken_heads(early, part, 84) == [broken, fine, fine]
+
+
 @pytest.mark.parametrize("heads", [37, 71])
 def test_more_heads_on_a_kv_head_than_a_tile_has_rows(heads: int) -> None:
     shape = Shape(heads=heads, alibi=True)
@@ -227,11 +317,15 @@ def test_a_token_does_not_depend_on_its_chunk_or_company(name: str) -> None:
 
 def test_tiles_cover_every_token_once_and_those_of_most_keys_come_first() -> None:
     lens, seq_lens = [0, 50, 1, 129], [9, 50, 300, 140]
-    tiles = prefill_tiles(lens, seq_lens, 4, 128, torch.bfloat16)
+    tiles = prefill_tiles(lens, seq_lens, 4, 128, torch.bfloat16, torch.bfloat16)
     assert tiles.dtype == np.int32
     assert tiles.tolist() == [[2, 0], [3, 128], [3, 96], [3, 64], [3, 32], [1, 32], [3, 0], [1, 0]]
-    assert prefill_tiles([], [], 4, 128, torch.bfloat16).shape == (0, 2)
-    assert len(prefill_tiles([7], [7], 71, 64, torch.bfloat16)) == 3  # of 36 and 35 heads, 3 tokens each
+    assert prefill_tiles([], [], 4, 128, torch.bfloat16, torch.bfloat16).shape == (0, 2)
+    bf16, f32, int8 = torch.bfloat16, torch.float32, torch.int8
+    assert len(prefill_tiles([7], [7], 71, 64, bf16, bf16)) == 3  # of 36 and 35 heads, 3 tokens each
+    # Codes are multiplied as queries are, floats as the cache is.
+    pairs = ((int8, bf16), (int8, f32), (f32, bf16), (bf16, f32))
+    assert [len(prefill_tiles([128], [128], 1, 64, *types)) for types in pairs] == [1, 4, 4, 1]
 
 
 def test_splits_fill_the_gpu_about_twice() -> None:

@@ -155,23 +155,26 @@ def test_broken_logits_fail_their_request_alone() -> None:
     decoder = Decoder(run)
     decoder.specs = {n: SampleSpec(PARAMS["greedy"], (), [], 0) for n in "ab"}
     run.collect(run.submit(Batch((decoder.scheduled("a", ids(3)), decoder.scheduled("b", ids(3, 1))))))
-    keys = run._caches[0]
+    keys = run._caches[0].codes
     keys[decoder.sequences.blocks["b"][0], 0] = float("nan")
     output = run.collect(run.submit(Batch((decoder.scheduled("a", ids(1)), decoder.scheduled("b", ids(1))))))
     assert len(output.tokens[0]) == 1 and output.tokens[1] == () and list(output.failures) == [1]
     assert "maximum nan" in output.failures[1]
 
 
-def test_blocks_are_copied_read_and_written() -> None:
+@pytest.mark.parametrize("stored", ["auto", "int8", "fp8"])
+def test_blocks_are_copied_read_and_written(stored: str) -> None:
     folder, model = tiny_checkpoint("llama", layers=1)
     token_ids = ids(20)
-    want = oracle_logits(model, token_ids)[-1]
-    run = executor(folder)
+    run = executor(folder, kv_cache_dtype=stored)
     sequences = Sequences(run)
     sequences.step(a=token_ids[:19])
     first, second = sequences.blocks["a"]
     kept = run.read_blocks([first, second])
-    assert all(part.dtype == np.uint8 and len(part) == 2 for part in kept)
+    assert all(part.dtype == np.uint8 and len(part) == 2 and part.any(1).all() for part in kept)
+    assert sum(part.shape[1] for part in kept) == run.kv_spec.bytes_per_block
+    want = sequences.step(a=token_ids[19:])[0]
+    assert stored != "auto" or want.argmax() == oracle_logits(model, token_ids)[-1].argmax()
     run.write_blocks([50, 51], kept)
     with pytest.raises(ValueError, match="another shape"):
         run.write_blocks([50], kept)
@@ -179,6 +182,8 @@ def test_blocks_are_copied_read_and_written() -> None:
     copied = Batch((ScheduledSequence("b", (token_ids[19],), 19, (50, 52), spec),), copies=((51, 52),))
     output = run.collect(run.submit(copied))
     assert output.tokens[0][0].token_id == int(want.argmax())
+    moved = run.read_blocks([50, 51])
+    assert all(np.array_equal(a, b) for a, b in zip(kept, moved, strict=True))
 
 
 def test_hidden_states_and_prompt_logprobs_come_to_the_host() -> None:

@@ -31,9 +31,12 @@ def answers(folder: Any, **options: Any) -> list[list[int]]:
         return [list(o.outputs[0].token_ids) for o in llm.generate(PROMPTS, PARAMS)]
 
 
-def test_tokens_are_those_of_the_cpu() -> None:
+@pytest.mark.parametrize("stored", ["auto", "int8", "fp8"])
+def test_tokens_are_those_of_the_cpu(stored: Any) -> None:
     folder, _ = tiny_checkpoint("llama", layers=1)
-    assert answers(folder, device="cuda") == answers(folder, device="cpu", packed_cache=False)
+    got = answers(folder, device="cuda", kv_cache_dtype=stored)
+    # In float32, as here: faster tiers round to bf16 beside codes, and other tokens may be drawn.
+    assert got == answers(folder, device="cpu", isa="generic", packed_cache=False, kv_cache_dtype=stored)
 
 
 def test_a_llm_knows_its_peaks_and_what_it_used() -> None:
@@ -55,8 +58,6 @@ def test_a_llm_knows_its_peaks_and_what_it_used() -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"quantization": "int8"}, "quantization 'int8' has no kernels for GPUs yet; leave it out"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype 'fp8' has no kernels for GPUs yet; leave it out"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization is 1.5; give a number above 0, up to 1"),
         ({"enforce_eager": 1}, "enforce_eager is 1; give True or False"),
         ({"device": "cpu", "dtype": "f16"}, "dtype is 'f16', which CPUs do not multiply"),

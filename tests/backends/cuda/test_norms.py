@@ -12,6 +12,7 @@ import torch
 
 from pelton.graph import OPS
 from tests.backends.cuda.device import DEVICE
+from tests.backends.cuda.test_quantize import KINDS, assert_codes, empty_codes
 from tests.helpers.tolerance import BF16_EPS, F32_EPS, assert_within
 
 from pelton.backends.cuda.triton import norms  # isort: skip  behind device, which chooses the interpreter
@@ -126,3 +127,37 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     alone = torch.zeros(1, 36, device=DEVICE)
     norms.add_rms_norm(torch.empty_like(alone), alone, a[20:], b[20:], w, 1e-5, 0.0)
     assert torch.equal(alone, out[20:])
+
+
+@pytest.mark.filterwarnings(
+    "ignore:overflow encountered", "ignore:invalid value encountered"
+)  # the interpreter's NumPy
+@pytest.mark.parametrize(("columns", "groups"), [(37, 1), (48, 3), (1200, 1), (1024, 8)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_are_those_of_float32_rows(kind: torch.dtype, columns: int, groups: int) -> None:
+    count = 18 if columns < 100 else 8
+    a, b = strided(count, columns, F32, 1, 20.0), strided(count, columns, BF16, 2)
+    a[3], b[3] = 0.0, 0.0
+    a[4] *= 1e-5
+    a[5, 2], b[6, 2], a[7, 2] = float("nan"), float("inf"), 3e38  # whose square is infinite
+    w, c = vector(columns, 1), vector(columns, 2)
+    w[: columns // groups] *= 1e-3
+    launches: list[tuple[Any, Any, list[Any]]] = [
+        (norms.rms_norm, norms.add_rms_norm, [w, 1e-5, 1.0]),
+        (norms.layer_norm, norms.add_layer_norm, [w, c, 1e-5]),
+    ]
+    for norm, add_norm, rest in launches:
+        total, rows = strided(count, columns, F32), strided(count, columns, F32)
+        add_norm(total, rows, a, b, *rest)
+        with np.errstate(all="ignore"):  # used on a GPU only; rows that are not finite need none
+            slack = layer_bound(f64(total), f64(rows), w.abs() + 1.0, c, F32)
+            slack = np.where(np.isfinite(slack), slack, 0)
+        again, codes = a.clone(), empty_codes(count, columns, groups, kind)
+        add_norm(again, codes, again, b, *rest)
+        assert torch.equal(torch.nan_to_num(again), torch.nan_to_num(total))
+        assert_codes(codes, rows, slack)
+        assert torch.isinf(codes.scales[:, 5]).all() and not codes.codes[5].float().any()
+        norm(rows, total, *rest)
+        norm(codes, total, *rest)
+        assert_codes(codes, rows, slack)
+        norm(empty_codes(0, columns, groups, kind), total[:0], *rest)

@@ -8,28 +8,23 @@ import numpy as np
 import pytest
 
 from pelton.backends.base import KVSpec
+from pelton.backends.cuda.activations import Numerics
 from pelton.backends.cuda.calls import Lowering
 from pelton.backends.cuda.device import Device
 from pelton.backends.cuda.executor import CudaExecutor
-from pelton.backends.cuda.weights import compute_type
+from pelton.backends.cuda.stored import compute_type
 from pelton.backends.reference.executor import ReferenceExecutor
-from pelton.graph import E4M3, F16, I8, OPS, CacheType, Graph
+from pelton.graph import F16, OPS, Graph
 from pelton.program import lower
 from tests.backends.cuda.device import DEVICE
 from tests.backends.test_ops import BLOCK, BLOCKS, CASES, COSTLESS, give_adapters, steps, weights
-
-#: KV caches that this backend has no kernels for.
-ABSENT = [name for name, (make, _) in CASES.items() if any(
-    isinstance(n.type, CacheType) and n.type.dtype in (I8, E4M3) for n in Graph("g", (make(),)).nodes
-)]  # fmt: skip
-NAMES = [name for name in CASES if name not in ABSENT]
 
 
 def test_every_op_has_a_launch() -> None:
     assert all(hasattr(Lowering, f"_{op}") for op in set(OPS) - COSTLESS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_launch_means_what_its_row_says(name: str) -> None:
     node, rounds = CASES[name]
     graph = Graph("one_op", (node(),)).verify()
@@ -39,7 +34,15 @@ def test_launch_means_what_its_row_says(name: str) -> None:
     program = lower(graph, {"T": 64, "S": 4, "N": 64}, 64, compute)
     sampler: Any = lambda *_: []  # noqa: E731
     oracle = ReferenceExecutor(graph, values.__getitem__, kv, sampler)
-    device = CudaExecutor(program, compute, values.__getitem__, kv, sampler, Device(DEVICE), capture=None)
+    device = CudaExecutor(
+        program,
+        Numerics.of(program, compute, "auto", True),
+        values.__getitem__,
+        kv,
+        sampler,
+        Device(DEVICE),
+        capture=None,
+    )
     device.allocate(kv)
     give_adapters(graph, oracle, device)
     every = graph.outputs[0].tensor.shape[0] == "T"

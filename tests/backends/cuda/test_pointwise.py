@@ -13,6 +13,7 @@ from pelton.graph import OPS
 from pelton.graph.ops import ACTIVATIONS, GATE_BLOCK
 from tests.backends.cuda.device import DEVICE
 from tests.backends.cuda.test_norms import BF16, F16, F32, ROUNDING, f64, gaps_untouched, strided
+from tests.backends.cuda.test_quantize import KINDS, assert_codes, empty_codes
 from tests.helpers.tolerance import F32_EPS, assert_within
 
 from pelton.backends.cuda.triton import pointwise  # isort: skip  behind device, which chooses the interpreter
@@ -75,6 +76,30 @@ def test_gates_and_ups_in_turns(blocks: int, kind: str) -> None:
     bound = 8 * F32_EPS * (parts[:, :, 0] * parts[:, :, 1]).reshape(3, -1)
     assert_within(f64(out), want, bound + F32_EPS * np.abs(want))
     assert gaps_untouched(out)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
+@pytest.mark.parametrize(
+    ("columns", "groups"), [(37, 1), (96, 6), (1500, 1), (1536, 12), (4096, 2), (16416, 1)]
+)  # several rows a program; several programs a row; groups above a tile; rows above registers
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_are_those_of_float32_results(kind: torch.dtype, columns: int, groups: int) -> None:
+    count = 18 if columns < 100 else 8
+    both, rows = strided(count, 2 * columns, BF16, 1, 4.0), strided(count, columns, F32)
+    both[3] = 0.0
+    both[4] *= 1e-5
+    both[5, 2], both[6, 2], both[7, :4] = float("nan"), float("inf"), 3e38
+    gate, up = both[:, :columns], both[:, columns:]
+    for name, inputs in (("activation", (gate,)), ("gated_activation", (gate, up)), ("gated_blocks", (both,))):
+        if columns % GATE_BLOCK if name == "gated_blocks" else columns > 16384:
+            continue
+        launch = getattr(pointwise, name)
+        launch(rows, *inputs, "silu")
+        codes = empty_codes(count, columns, groups, kind)
+        launch(codes, *inputs, "silu")
+        assert_codes(codes, rows, 2 * F32_EPS * np.nan_to_num(np.abs(f64(rows)), posinf=0))
+        assert torch.isinf(codes.scales[0, 5]) and not codes.codes[5, :1].float().any()
+        launch(empty_codes(0, columns, groups, kind), *(x[:0] for x in inputs), "silu")
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")

@@ -3,15 +3,16 @@
 The online softmax is that of FlashAttention-2 (Dao 2023, arXiv:2307.08691), the split of the keys among programs that
 of Flash-Decoding (Dao et al. 2023). What is computed is ``attention`` of :mod:`pelton.graph.ops`.
 
-Cache: [num_blocks, 2 (keys, values), kv_heads, block_size, head_dim], contiguous. The query heads that share a KV head
-are rows of one product, together with tokens: row r is token r // HEADS, head r % HEADS. So keys and values are read
-once for all of them. No key beyond a sequence's length, or before the window of all queries of a tile, is ever read.
+The query heads that share a KV head are rows of one product, together with tokens: row r is token r // HEADS, head
+r % HEADS. So keys and values are read once for all of them. No key beyond a sequence's length, or before the window of
+all queries of a tile, is ever read. Codes of int8 and FP8 caches are multiplied as they are: a key's scale is that of
+its scores, a value's goes into its weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache as cached
+from functools import cache as remembered
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .cache import SCALED, Cache, decode
 from .common import FUSED, dot, next_power_of_2, tanh
 
 Ints = npt.NDArray[np.int32]
@@ -38,15 +40,15 @@ class _Tile(NamedTuple):
     num_stages: int
 
 
-def _tile(head_dim: int, dtype: torch.dtype, prefill: bool, group: int = 1) -> _Tile:
+def _tile(head_dim: int, cached: torch.dtype, q: torch.dtype, prefill: bool, group: int = 1) -> _Tile:
     """Sizes that fit the 99 KiB of shared memory of sm_86, too, and spill no registers (heads of 256: some bytes).
 
-    dtype: of the cache. A wgmma of Hopper's takes 64 rows per 4 warps, an mma of Ampere's 16 per warp. Single tokens
-    have as few rows as heads, 16 at least for ``tl.dot``: there bytes on their way count, hence three stages, and so
-    little of everything that three programs fit on a multiprocessor.
+    cached, q: types of the cache and of queries. A wgmma of Hopper's takes 64 rows per 4 warps, an mma of Ampere's 16
+    per warp. Single tokens have as few rows as heads, 16 at least for ``tl.dot``: there bytes on their way count, hence
+    three stages, and so little of everything that three programs fit on a multiprocessor.
     """
     wide = next_power_of_2(head_dim) > 128
-    if dtype == torch.float32:  # no tensor cores: operands lie in registers
+    if _is_exact(cached, q):  # no tensor cores: operands lie in registers
         tile = _Tile(32, 32 if head_dim <= 64 else 16, 8, 1)
     elif prefill:
         tile = _Tile(64, 32, 4, 2) if wide else _Tile(128, 64, 8, 3)
@@ -55,7 +57,12 @@ def _tile(head_dim: int, dtype: torch.dtype, prefill: bool, group: int = 1) -> _
     return tile if prefill else tile._replace(rows=min(tile.rows, max(16, next_power_of_2(group))))
 
 
-@cached
+def _is_exact(cached: torch.dtype, q: torch.dtype) -> bool:
+    """Whether products are of float32: they have the type of the cache, those with codes that of queries."""
+    return (q if cached in SCALED else cached) == torch.float32
+
+
+@remembered
 def _prefill_heads(group: int, rows: int) -> int:
     """Query heads of a program, of those of a KV head. All, unless that leaves more than a quarter of the rows idle."""
     heads, parts = group, 1
@@ -66,15 +73,16 @@ def _prefill_heads(group: int, rows: int) -> int:
 
 
 def prefill_tiles(
-    query_lens: Sequence[int] | Ints, seq_lens: Sequence[int] | Ints, group: int, head_dim: int, dtype: torch.dtype
-) -> Ints:
+    query_lens: Sequence[int] | Ints, seq_lens: Sequence[int] | Ints, group: int, head_dim: int, cached: torch.dtype,
+    q: torch.dtype,
+) -> Ints:  # fmt: skip
     """Int32 [n, 2]: sequence and first query token, of as many tokens as a tile of ``prefill_attention`` takes.
 
     A sequence with no query tokens has no tile: set the length of those to 0 that ``decode_attention`` serves.
-    group: query heads per KV head; dtype: of the cache. Those with most keys come first, so that none is left for last.
-    Rows of -1 may be appended: they do nothing.
+    group: query heads per KV head; cached, q: types of the cache and of queries. Those with most keys come first, so
+    that none is left for last. Rows of -1 may be appended: they do nothing.
     """
-    rows = _tile(head_dim, dtype, prefill=True).rows
+    rows = _tile(head_dim, cached, q, prefill=True).rows
     tokens = rows // _prefill_heads(group, rows)
     lens, contexts = np.asarray(query_lens, np.int64), np.asarray(seq_lens, np.int64)
     counts = -(-lens // tokens)
@@ -107,16 +115,18 @@ def decode_workspace_size(max_rows: int, num_heads: int, head_dim: int, num_spli
 
 @triton.jit
 def _attend(
-    acc, total, top, q, keys_ptr, table_ptr, start, stop, first, last, position, slope, scale, MASKED: tl.constexpr,
-    ALIBI: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
+    acc, total, top, q, keys_ptr, scales_ptr, table_ptr, start, stop, first, last, position, slope, scale,
+    MASKED: tl.constexpr, ALIBI: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Rows of queries see the keys start:stop, a multiple of BLOCK_N; of these, only first:last exist if MASKED.
 
     acc [BLOCK_M, BLOCK_D]: weighted sum of values; total [BLOCK_M]: of weights; top: largest score in units of ln 2.
-    q [BLOCK_M, BLOCK_D] in the cache's type; keys_ptr: of the head in block 0; slope: of ALiBi, times log2(e).
+    q [BLOCK_M, BLOCK_D] in the type of products; keys_ptr, scales_ptr: of the head in block 0, no scales for floats;
+    slope: of ALiBi, times log2(e).
     """
-    values: tl.constexpr = KV_HEADS * BLOCK_SIZE * HEAD_DIM  # from a key to its value
+    tokens: tl.constexpr = KV_HEADS * BLOCK_SIZE  # and heads, from a key to its value
     d = tl.arange(0, BLOCK_D)
     n = start + tl.arange(0, BLOCK_N)
     # Block numbers are loaded an iteration ahead, by hand: the pipeliner would make keys and values wait for them.
@@ -124,17 +134,26 @@ def _attend(
     for begin in tl.range(start, stop, BLOCK_N):
         n = begin + tl.arange(0, BLOCK_N)
         exists = (n >= first) & (n < last)
-        row = block.to(tl.int64) * (2 * values) + (n % BLOCK_SIZE) * HEAD_DIM
+        row = block.to(tl.int64) * BLOCK_STRIDE + (n % BLOCK_SIZE) * HEAD_DIM
         at = keys_ptr + row[:, None] + d[None, :]
+        if scales_ptr is not None:
+            scale_at = scales_ptr + block.to(tl.int64) * (BLOCK_STRIDE // 4) + n % BLOCK_SIZE
+            key_scale = tl.load(scale_at, mask=exists, other=0.0)
+            value_scale = tl.load(scale_at + tokens, mask=exists, other=0.0)
         after = n + BLOCK_N
         block = tl.load(table_ptr + after // BLOCK_SIZE, mask=after < last, other=0)
         # Zeros where nothing exists: a weight of zero times what lies there might be NaN.
         there = (d < HEAD_DIM)[None, :]
         if MASKED:
             there = there & exists[:, None]
-        k = tl.load(at, mask=there, other=0.0)
-        v = tl.load(at + values, mask=there, other=0.0)
+        k = tl.load(at, mask=there, other=0)
+        v = tl.load(at + tokens * HEAD_DIM, mask=there, other=0)
+        if scales_ptr is not None:
+            k = decode(k, q.dtype)
+            v = decode(v, tl.float32 if EXACT else tl.bfloat16)  # float16 has no room for weights times small scales
         score = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), EXACT)
+        if scales_ptr is not None:
+            score *= key_scale[None, :]
         # From here on a score is score * unit: the product goes into that of the exponent.
         if SOFTCAP != 0.0:
             score = tanh(score * (scale / SOFTCAP))
@@ -153,6 +172,10 @@ def _attend(
         weight = tl.exp2(score * unit - higher[:, None])
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(weight, 1)
+        if scales_ptr is not None:
+            weight *= value_scale[None, :]
+            if MASKED:  # an infinite scale, of what was not finite, must not reach who does not see it
+                weight = tl.where(visible, weight, 0.0)
         acc = dot(weight.to(v.dtype), v, acc * shrink[:, None], EXACT)
         top = higher
     return acc, total, top
@@ -160,11 +183,11 @@ def _attend(
 
 @triton.jit
 def _prefill_kernel(
-    out_ptr, q_ptr, cache_ptr, table_ptr, width_ptr, seq_lens_ptr, starts_ptr, tiles_ptr, slopes_ptr,
+    out_ptr, q_ptr, cache_ptr, scales_ptr, table_ptr, width_ptr, seq_lens_ptr, starts_ptr, tiles_ptr, slopes_ptr,
     out_stride, q_stride, scale,
     GROUP: tl.constexpr, HEADS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """A program per tile and HEADS query heads of a KV head.
 
@@ -195,7 +218,11 @@ def _prefill_kernel(
     mask = exists[:, None] & (d < HEAD_DIM)[None, :]
     first_row = (query_start + first_token).to(tl.int64)
     q_at = q_ptr + first_row * q_stride + (token * q_stride + column)[:, None] + d[None, :]
-    q = tl.load(q_at, mask=mask, other=0.0).to(cache_ptr.dtype.element_ty)
+    q = tl.load(q_at, mask=mask, other=0.0)
+    if scales_ptr is None:
+        q = q.to(cache_ptr.dtype.element_ty)
+    else:
+        scales_ptr += kv_head * BLOCK_SIZE
     if slopes_ptr is None:
         slope = 0.0
     else:
@@ -212,23 +239,23 @@ def _prefill_kernel(
         first_key = tl.maximum(lowest - WINDOW + 1, 0)
         whole_start = tl.cdiv(tl.maximum(highest - WINDOW + 1, 0), BLOCK_N) * BLOCK_N  # all rows see those from here on
         acc, total, top = _attend(
-            acc, total, top, q, keys_ptr, table_ptr, first_key // BLOCK_N * BLOCK_N, whole_start, first_key, end,
-            position, slope, scale, True, slopes_ptr is not None, WINDOW, SOFTCAP, KV_HEADS, BLOCK_SIZE, HEAD_DIM,
-            BLOCK_D, BLOCK_M, BLOCK_N, EXACT,
+            acc, total, top, q, keys_ptr, scales_ptr, table_ptr, first_key // BLOCK_N * BLOCK_N, whole_start, first_key,
+            end, position, slope, scale, True, slopes_ptr is not None, WINDOW, SOFTCAP, KV_HEADS, BLOCK_SIZE,
+            BLOCK_STRIDE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, EXACT,
         )  # fmt: skip
         whole_end = tl.maximum(whole_end, whole_start)
     else:
         first_key = 0
         whole_start = 0
     acc, total, top = _attend(
-        acc, total, top, q, keys_ptr, table_ptr, whole_start, whole_end, first_key, end,
-        position, slope, scale, False, slopes_ptr is not None, WINDOW, SOFTCAP, KV_HEADS, BLOCK_SIZE, HEAD_DIM, BLOCK_D,
-        BLOCK_M, BLOCK_N, EXACT,
+        acc, total, top, q, keys_ptr, scales_ptr, table_ptr, whole_start, whole_end, first_key, end,
+        position, slope, scale, False, slopes_ptr is not None, WINDOW, SOFTCAP, KV_HEADS, BLOCK_SIZE, BLOCK_STRIDE,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, EXACT,
     )  # fmt: skip
     acc, total, top = _attend(
-        acc, total, top, q, keys_ptr, table_ptr, whole_end, end, first_key, end,
-        position, slope, scale, True, slopes_ptr is not None, WINDOW, SOFTCAP, KV_HEADS, BLOCK_SIZE, HEAD_DIM, BLOCK_D,
-        BLOCK_M, BLOCK_N, EXACT,
+        acc, total, top, q, keys_ptr, scales_ptr, table_ptr, whole_end, end, first_key, end,
+        position, slope, scale, True, slopes_ptr is not None, WINDOW, SOFTCAP, KV_HEADS, BLOCK_SIZE, BLOCK_STRIDE,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, EXACT,
     )  # fmt: skip
     out_at = out_ptr + first_row * out_stride + (token * out_stride + column)[:, None] + d[None, :]
     result = acc / tl.where(exists, total, 1.0)[:, None]
@@ -237,11 +264,11 @@ def _prefill_kernel(
 
 @triton.jit
 def _decode_kernel(
-    out_ptr, q_ptr, cache_ptr, table_ptr, width_ptr, seq_lens_ptr, starts_ptr, rows_ptr, slopes_ptr, workspace_ptr,
-    out_stride, q_stride, scale,
+    out_ptr, q_ptr, cache_ptr, scales_ptr, table_ptr, width_ptr, seq_lens_ptr, starts_ptr, rows_ptr, slopes_ptr,
+    workspace_ptr, out_stride, q_stride, scale,
     SPLIT: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
+    KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """A program per row, HEADS query heads of a KV head, and split of the keys. SPLIT: there is more than one."""
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
@@ -260,7 +287,11 @@ def _decode_kernel(
     head += kv_head * GROUP
     mask = exists[:, None] & (d < HEAD_DIM)[None, :]
     column = (head * HEAD_DIM)[:, None] + d[None, :]
-    q = tl.load(q_ptr + query * q_stride + column, mask=mask, other=0.0).to(cache_ptr.dtype.element_ty)
+    q = tl.load(q_ptr + query * q_stride + column, mask=mask, other=0.0)
+    if scales_ptr is None:
+        q = q.to(cache_ptr.dtype.element_ty)
+    else:
+        scales_ptr += kv_head * BLOCK_SIZE
     if slopes_ptr is None:
         slope = 0.0
     else:
@@ -273,10 +304,10 @@ def _decode_kernel(
     stop = first_block + blocks * (split + 1) // num_splits
     acc, total, top = _attend(
         tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M,), tl.float32),
-        tl.full((BLOCK_M,), _LOWEST, tl.float32), q, cache_ptr + kv_head * (BLOCK_SIZE * HEAD_DIM),
+        tl.full((BLOCK_M,), _LOWEST, tl.float32), q, cache_ptr + kv_head * (BLOCK_SIZE * HEAD_DIM), scales_ptr,
         table_ptr + sequence * tl.load(width_ptr), start * BLOCK_N, stop * BLOCK_N, first_key, seq_len,
         tl.zeros((BLOCK_M,), tl.int32) + (seq_len - 1), slope, scale, True, slopes_ptr is not None, WINDOW, SOFTCAP,
-        KV_HEADS, BLOCK_SIZE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, EXACT,
+        KV_HEADS, BLOCK_SIZE, BLOCK_STRIDE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, EXACT,
     )  # fmt: skip
     if SPLIT:
         at = (tl.program_id(0).to(tl.int64) * (KV_HEADS * GROUP) + head) * num_splits + split
@@ -312,9 +343,11 @@ def _merge_kernel(
     tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=d < HEAD_DIM)
 
 
-def _constants(cache: torch.Tensor, tile: _Tile, group: int, heads: int, window: int, softcap: float) -> dict[str, Any]:
+def _constants(
+    cache: Cache, q: torch.Tensor, tile: _Tile, group: int, heads: int, window: int, softcap: float
+) -> dict[str, Any]:
     """What both kernels are compiled for."""
-    kv_heads, block_size, head_dim = cache.shape[2:]
+    kv_heads, block_size, head_dim = cache.codes.shape[2:]
     return {
         "GROUP": group,
         "HEADS": heads,
@@ -322,11 +355,12 @@ def _constants(cache: torch.Tensor, tile: _Tile, group: int, heads: int, window:
         "SOFTCAP": softcap,
         "KV_HEADS": kv_heads,
         "BLOCK_SIZE": block_size,
+        "BLOCK_STRIDE": cache.codes.stride(0),
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, next_power_of_2(head_dim)),
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
-        "EXACT": cache.dtype == torch.float32,
+        "EXACT": _is_exact(cache.codes.dtype, q.dtype),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
         **FUSED,
@@ -336,7 +370,7 @@ def _constants(cache: torch.Tensor, tile: _Tile, group: int, heads: int, window:
 def prefill_attention(
     out: torch.Tensor,
     q: torch.Tensor,
-    cache: torch.Tensor,
+    cache: Cache,
     block_table: torch.Tensor,
     table_width: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -357,19 +391,19 @@ def prefill_attention(
     """
     if not len(tiles):
         return
-    kv_heads, head_dim = cache.shape[2], cache.shape[4]
-    group, tile = num_heads // kv_heads, _tile(head_dim, cache.dtype, prefill=True)
+    kv_heads, head_dim = cache.codes.shape[2], cache.codes.shape[4]
+    group, tile = num_heads // kv_heads, _tile(head_dim, cache.codes.dtype, q.dtype, prefill=True)
     heads = _prefill_heads(group, tile.rows)
     _prefill_kernel[(len(tiles) * kv_heads * -(-group // heads),)](
-        out, q, cache, block_table, table_width, seq_lens, query_start_loc, tiles, slopes,
-        out.stride(0), q.stride(0), scale, **_constants(cache, tile, group, heads, window, softcap),
+        out, q, cache.codes, cache.scales, block_table, table_width, seq_lens, query_start_loc, tiles, slopes,
+        out.stride(0), q.stride(0), scale, **_constants(cache, q, tile, group, heads, window, softcap),
     )  # fmt: skip
 
 
 def decode_attention(
     out: torch.Tensor,
     q: torch.Tensor,
-    cache: torch.Tensor,
+    cache: Cache,
     block_table: torch.Tensor,
     table_width: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -391,13 +425,13 @@ def decode_attention(
     """
     if not len(rows):
         return
-    kv_heads, head_dim = cache.shape[2], cache.shape[4]
+    kv_heads, head_dim = cache.codes.shape[2], cache.codes.shape[4]
     group = num_heads // kv_heads
-    tile = _tile(head_dim, cache.dtype, prefill=False, group=group)
+    tile = _tile(head_dim, cache.codes.dtype, q.dtype, prefill=False, group=group)
     parts = -(-group // tile.rows)
-    constants = _constants(cache, tile, group, -(-group // parts), window, softcap)
+    constants = _constants(cache, q, tile, group, -(-group // parts), window, softcap)
     _decode_kernel[(len(rows), kv_heads * parts, num_splits)](
-        out, q, cache, block_table, table_width, seq_lens, query_start_loc, rows, slopes, workspace,
+        out, q, cache.codes, cache.scales, block_table, table_width, seq_lens, query_start_loc, rows, slopes, workspace,
         out.stride(0), q.stride(0), scale, SPLIT=num_splits > 1, **constants,
     )  # fmt: skip
     if num_splits > 1:

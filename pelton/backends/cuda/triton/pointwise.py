@@ -1,4 +1,7 @@
-"""What works element by element, and copies of rows: no products, no sums along a row."""
+"""What works element by element, and copies of rows: no products, no sums along a row.
+
+Where ``out`` is :class:`Codes`, results are quantized as they are in float32, and stored only so.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,14 @@ import triton.language as tl
 
 from ....graph.ops import GATE_BLOCK
 from .common import FUSED, next_power_of_2, tanh
+from .quantize import ROW_COLUMNS, Codes, encode, magnitudes, scale_of, store_codes, target
 
 #: Elements of a program. 8 a thread with the default of 4 warps: whole 16-byte accesses of 16-bit types, and no element
 #: in two threads, so that an output may be an input.
 _TILE = 1024
+
+#: Columns at a time of a row that registers do not hold.
+_LONG_TILE = 8192
 
 
 @triton.jit
@@ -28,27 +35,20 @@ def _activation(x, KIND: tl.constexpr):
         return tl.where(x < 0, 0.0, x)  # NaN stays NaN
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _pointwise_kernel(
-    out_ptr,
+@triton.jit
+def _values(
     a_ptr,
-    b_ptr,  # may be None
+    b_ptr,
     parameter,
-    rows,
-    columns,
-    out_stride,
+    row,
+    column,
+    mask,
     a_stride,
     b_stride,
     OP: tl.constexpr,
     ALTERNATE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    """ALTERNATE, if not 0: columns of a and b are blocks of that many, with as many others in between."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    mask = (row < rows) & (column < columns)
-    row = row.to(tl.int64)
+    """Results, float32, in these columns; 0 where the mask is not."""
     at = column
     if ALTERNATE:
         at += column // ALTERNATE * ALTERNATE
@@ -65,31 +65,130 @@ def _pointwise_kernel(
             x = x + y
         else:
             x = x * y
-    tl.store(out_ptr + row * out_stride + column, x, mask=mask)
+    return x
+
+
+@triton.jit(do_not_specialize=["rows", "scales_stride"])
+def _pointwise_kernel(
+    out_ptr,
+    scales_ptr,  # None: out is no codes
+    a_ptr,
+    b_ptr,  # may be None
+    parameter,
+    rows,
+    columns,
+    out_stride,
+    scales_stride,
+    a_stride,
+    b_stride,
+    OP: tl.constexpr,
+    ALTERNATE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    INT8: tl.constexpr,
+):
+    """ALTERNATE, if not 0: columns of a and b are blocks of that many, with as many others in between."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    first = tl.program_id(1) * BLOCK
+    column = first + tl.arange(0, BLOCK)[None, :]
+    mask = (row < rows) & (column < columns)
+    row = row.to(tl.int64)
+    x = _values(a_ptr, b_ptr, parameter, row, column, mask, a_stride, b_stride, OP, ALTERNATE)
+    if scales_ptr is None:
+        tl.store(out_ptr + row * out_stride + column, x, mask=mask)
+    else:
+        store_codes(out_ptr, scales_ptr, out_stride, scales_stride, x, row, first, rows, columns, GROUP, INT8)
+
+
+@triton.jit
+def _long_rows_kernel(
+    codes_ptr,
+    scales_ptr,
+    a_ptr,
+    b_ptr,  # may be None
+    columns,
+    codes_stride,
+    a_stride,
+    b_stride,
+    OP: tl.constexpr,
+    ALTERNATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INT8: tl.constexpr,
+):
+    """One scale for a row that registers do not hold: everything is computed twice."""
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, BLOCK)[None, :]
+    largest = tl.zeros([1, 1], tl.int32)
+    for first in range(0, columns, BLOCK):
+        column = first + index
+        x = _values(a_ptr, b_ptr, 0.0, row, column, column < columns, a_stride, b_stride, OP, ALTERNATE)
+        largest = tl.maximum(largest, magnitudes(x, BLOCK))
+    scale = scale_of(largest, INT8)
+    tl.store(scales_ptr + row + tl.zeros([1, 1], tl.int32), scale)
+    for first in range(0, columns, BLOCK):
+        column = first + index
+        x = _values(a_ptr, b_ptr, 0.0, row, column, column < columns, a_stride, b_stride, OP, ALTERNATE)
+        tl.store(codes_ptr + row * codes_stride + column, encode(x, scale, INT8), mask=column < columns)
 
 
 def _pointwise(
-    out: torch.Tensor, a: torch.Tensor, b: torch.Tensor | None, op: str, parameter: float = 0.0, alternate: int = 0
+    out: torch.Tensor | Codes,
+    a: torch.Tensor,
+    b: torch.Tensor | None,
+    op: str,
+    parameter: float = 0.0,
+    alternate: int = 0,
 ) -> None:
-    rows, columns = out.shape
+    rows, columns = (out.codes if isinstance(out, Codes) else out).shape
     if rows == 0:
         return
-    block = min(_TILE, next_power_of_2(columns))
-    tile_rows = _TILE // block
+    b_stride = 0 if b is None else b.stride(0)
+    width = next_power_of_2(columns)
+    block = min(_TILE, width)
+    if isinstance(out, Codes):
+        groups = out.scales.shape[0]
+        if groups == 1 and columns > ROW_COLUMNS:
+            x, scales, _, int8 = target(out, _LONG_TILE)
+            _long_rows_kernel[(rows,)](
+                x,
+                scales,
+                a,
+                b,
+                columns,
+                x.stride(0),
+                a.stride(0),
+                b_stride,
+                OP=op,
+                ALTERNATE=alternate,
+                BLOCK=_LONG_TILE,
+                INT8=int8,
+                num_warps=16,
+                **FUSED,
+            )
+            return
+        block = width if groups == 1 else max(block, columns // groups)
+    tile_rows = max(1, _TILE // block)
+    x, scales, group, int8 = target(out, block)
     _pointwise_kernel[(triton.cdiv(rows, tile_rows), triton.cdiv(columns, block))](
-        out,
+        x,
+        scales,
         a,
         b,
         parameter,
         rows,
         columns,
-        out.stride(0),
+        x.stride(0),
+        0 if scales is None else scales.stride(0),
         a.stride(0),
-        0 if b is None else b.stride(0),
+        b_stride,
         OP=op,
         ALTERNATE=alternate,
         ROWS=tile_rows,
         BLOCK=block,
+        GROUP=group,
+        INT8=int8,
+        num_warps=min(16, tile_rows * block // 256),
         **FUSED,
     )
 
@@ -114,17 +213,17 @@ def softcap(out: torch.Tensor, x: torch.Tensor, cap: float) -> None:
     _pointwise(out, x, None, "softcap", cap)
 
 
-def activation(out: torch.Tensor, x: torch.Tensor, kind: str) -> None:
+def activation(out: torch.Tensor | Codes, x: torch.Tensor, kind: str) -> None:
     """Both float [T, columns]; kind: a key of ACTIVATIONS in pelton/graph/ops.py."""
     _pointwise(out, x, None, kind)
 
 
-def gated_activation(out: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, kind: str) -> None:
+def gated_activation(out: torch.Tensor | Codes, gate: torch.Tensor, up: torch.Tensor, kind: str) -> None:
     """out = activation(gate) * up, all float [T, columns]."""
     _pointwise(out, gate, up, kind)
 
 
-def gated_blocks(out: torch.Tensor, x: torch.Tensor, kind: str) -> None:
+def gated_blocks(out: torch.Tensor | Codes, x: torch.Tensor, kind: str) -> None:
     """What is behind the product of a ``gated_linear``: activation(gate) * up.
 
     x: float [T, 2 * columns], blocks of GATE_BLOCK gates and as many ups in turns; out: float [T, columns], not in x.

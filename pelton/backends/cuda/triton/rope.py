@@ -1,6 +1,6 @@
 """Rotary embeddings (Su et al. 2021) and the writing of keys and values to the paged cache.
 
-The cache of a layer: [blocks, 2 (keys, values), kv_heads, block_size, head_dim], contiguous; int64 offsets.
+Offsets in the cache (:class:`~pelton.backends.cuda.triton.cache.Cache`) are int64.
 """
 
 from __future__ import annotations
@@ -9,26 +9,18 @@ import torch
 import triton
 import triton.language as tl
 
+from .cache import Cache, encode, magnitude, scale_of
 from .common import FUSED, next_power_of_2
 
 _NUM_WARPS = 2
 
 
 @triton.jit
-def _copy_heads(
-    out_ptr, out_head_stride, x_ptr, head, heads, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Columns FIRST and up of each head."""
-    column = FIRST + tl.arange(0, BLOCK)[None, :]
-    mask = (head < heads) & (column < HEAD_DIM)
-    x = tl.load(x_ptr + head * HEAD_DIM + column, mask=mask).to(tl.float32)
-    tl.store(out_ptr + head * out_head_stride + column, x, mask=mask)
-
-
-@triton.jit
-def _rotate_heads(
+def _write_heads(
     out_ptr,
     out_head_stride,
+    scales_ptr,  # None: ``out`` has floats
+    scales_head_stride,
     x_ptr,
     table_ptr,  # the position's row
     head,
@@ -39,7 +31,9 @@ def _rotate_heads(
     PAIR_BLOCK: tl.constexpr,
     REST_BLOCK: tl.constexpr,
 ):
-    """The first 2 * PAIRS columns of each head turn, the rest is copied."""
+    """The first 2 * PAIRS columns of each head turn, the rest is copied. All of a head share a scale."""
+    x_ptrs = x_ptr + head * HEAD_DIM
+    out_ptrs = out_ptr + head * out_head_stride
     if PAIRS > 0:
         pair = tl.arange(0, PAIR_BLOCK)[None, :]
         mask = (head < heads) & (pair < PAIRS)
@@ -51,20 +45,41 @@ def _rotate_heads(
         else:
             first = pair
             second = pair + PAIRS
-        x_ptrs = x_ptr + head * HEAD_DIM
         a = tl.load(x_ptrs + first, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(x_ptrs + second, mask=mask, other=0.0).to(tl.float32)
-        out_ptrs = out_ptr + head * out_head_stride
-        tl.store(out_ptrs + first, a * cos - b * sin, mask=mask)
-        tl.store(out_ptrs + second, b * cos + a * sin, mask=mask)
+        left = a * cos - b * sin
+        right = b * cos + a * sin
     if REST_BLOCK > 0:
-        _copy_heads(out_ptr, out_head_stride, x_ptr, head, heads, HEAD_DIM, 2 * PAIRS, REST_BLOCK)
+        column = 2 * PAIRS + tl.arange(0, REST_BLOCK)[None, :]
+        there = (head < heads) & (column < HEAD_DIM)
+        rest = tl.load(x_ptrs + column, mask=there, other=0.0).to(tl.float32)
+    if scales_ptr is not None:
+        largest = tl.zeros(head.shape, tl.int32)
+        if PAIRS > 0:
+            both = tl.maximum(magnitude(left), magnitude(right))
+            largest = tl.maximum(largest, tl.max(both, 1, keep_dims=True))
+        if REST_BLOCK > 0:
+            largest = tl.maximum(largest, tl.max(magnitude(rest), 1, keep_dims=True))
+        integers: tl.constexpr = out_ptr.dtype.element_ty == tl.int8
+        scale = scale_of(largest, integers)
+        tl.store(scales_ptr + head * scales_head_stride, scale, mask=head < heads)
+        if PAIRS > 0:
+            left = encode(left, scale, integers)
+            right = encode(right, scale, integers)
+        if REST_BLOCK > 0:
+            rest = encode(rest, scale, integers)
+    if PAIRS > 0:
+        tl.store(out_ptrs + first, left, mask=mask)
+        tl.store(out_ptrs + second, right, mask=mask)
+    if REST_BLOCK > 0:
+        tl.store(out_ptrs + column, rest, mask=there)
 
 
 @triton.jit
 def _rope_kernel(
     out_ptr,
     cache_ptr,
+    scales_ptr,  # None: the cache has floats
     q_ptr,
     k_ptr,
     v_ptr,
@@ -78,6 +93,7 @@ def _rope_kernel(
     Q_HEADS: tl.constexpr,  # 0: only the cache is written
     KV_HEADS: tl.constexpr,  # 0: only q is turned
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_STRIDE: tl.constexpr,  # from block to block, in elements of the cache
     HEAD_DIM: tl.constexpr,
     PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -96,28 +112,36 @@ def _rope_kernel(
     if Q_HEADS > 0:  # noqa: SIM102 - a constant: without query heads, what follows is not compiled
         if group < q_groups:
             head = group * HEADS + tl.arange(0, HEADS)[:, None]
-            _rotate_heads(
-                out_ptr + token * out_stride, HEAD_DIM, q_ptr + token * q_stride, turns, head, Q_HEADS,
+            _write_heads(
+                out_ptr + token * out_stride, HEAD_DIM, None, 0, q_ptr + token * q_stride, turns, head, Q_HEADS,
                 HEAD_DIM, PAIRS, INTERLEAVED, PAIR_BLOCK, REST_BLOCK,
             )  # fmt: skip
     if KV_HEADS > 0:
         slot = tl.load(slots_ptr + token).to(tl.int64)
         if (group >= q_groups) & (slot >= 0):
-            part: tl.constexpr = KV_HEADS * BLOCK_SIZE * HEAD_DIM  # keys or values of a block
+            part: tl.constexpr = KV_HEADS * BLOCK_SIZE  # tokens and heads: keys or values of a block
             head = (group - q_groups) * HEADS + tl.arange(0, HEADS)[:, None]
-            keys = cache_ptr + slot // BLOCK_SIZE * (2 * part) + slot % BLOCK_SIZE * HEAD_DIM
-            _rotate_heads(
-                keys, BLOCK_SIZE * HEAD_DIM, k_ptr + token * k_stride, turns, head, KV_HEADS,
+            block, row = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+            keys = cache_ptr + block * BLOCK_STRIDE + row * HEAD_DIM
+            if scales_ptr is None:
+                key_scales = None
+                value_scales = None
+            else:
+                key_scales = scales_ptr + block * (BLOCK_STRIDE // 4) + row
+                value_scales = key_scales + part
+            _write_heads(
+                keys, BLOCK_SIZE * HEAD_DIM, key_scales, BLOCK_SIZE, k_ptr + token * k_stride, turns, head, KV_HEADS,
                 HEAD_DIM, PAIRS, INTERLEAVED, PAIR_BLOCK, REST_BLOCK,
             )  # fmt: skip
-            _copy_heads(
-                keys + part, BLOCK_SIZE * HEAD_DIM, v_ptr + token * v_stride, head, KV_HEADS, HEAD_DIM, 0, DIM_BLOCK
-            )
+            _write_heads(
+                keys + part * HEAD_DIM, BLOCK_SIZE * HEAD_DIM, value_scales, BLOCK_SIZE, v_ptr + token * v_stride,
+                turns, head, KV_HEADS, HEAD_DIM, 0, INTERLEAVED, PAIR_BLOCK, DIM_BLOCK,
+            )  # fmt: skip
 
 
 def _launch(
     out: torch.Tensor | None,
-    cache: torch.Tensor | None,
+    cache: Cache | None,
     q: torch.Tensor | None,
     k: torch.Tensor | None,
     v: torch.Tensor | None,
@@ -132,7 +156,7 @@ def _launch(
     if tokens == 0:
         return
     q_heads = 0 if q is None else q.shape[1] // head_dim
-    kv_heads, block_size = (0, 0) if cache is None else cache.shape[2:4]
+    kv_heads, block_size = (0, 0) if cache is None else cache.codes.shape[2:4]
     rest = head_dim - rotary_dim
     dim_block, pair_block = next_power_of_2(head_dim), next_power_of_2(rotary_dim // 2)
     heads = max(1, 1024 // dim_block)
@@ -141,7 +165,8 @@ def _launch(
     groups = triton.cdiv(q_heads, heads) + triton.cdiv(kv_heads, heads)
     _rope_kernel[(tokens, groups)](
         out,
-        cache,
+        None if cache is None else cache.codes,
+        None if cache is None else cache.scales,
         q,
         k,
         v,
@@ -155,6 +180,7 @@ def _launch(
         Q_HEADS=q_heads,
         KV_HEADS=kv_heads,
         BLOCK_SIZE=block_size,
+        BLOCK_STRIDE=0 if cache is None else cache.codes.stride(0),
         HEAD_DIM=head_dim,
         PAIRS=rotary_dim // 2,
         INTERLEAVED=interleaved,
@@ -183,17 +209,17 @@ def rope(
     _launch(out, None, x, None, None, positions, None, table, x.shape[0], head_dim, rotary_dim, interleaved)
 
 
-def kv_write(cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+def kv_write(cache: Cache, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
     """k, v: float [T, kv_heads * head_dim]; slots: int32 [T], -1 writes nothing.
 
-    What the cache's element type cannot hold becomes infinite.
+    What a cache of floats cannot hold becomes infinite.
     """
-    _launch(None, cache, None, k, v, None, slots, None, k.shape[0], cache.shape[4], 0, False)
+    _launch(None, cache, None, k, v, None, slots, None, k.shape[0], cache.codes.shape[4], 0, False)
 
 
 def rope_kv_write(
     out: torch.Tensor,
-    cache: torch.Tensor,
+    cache: Cache,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,

@@ -1,0 +1,233 @@
+"""Which candidate computes a product: on a GPU the fastest, found once per device and kept on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import warnings
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from ...graph import E4M3, I8, GroupQuant
+from ...graph.types import ElementType
+from ...paths import cache_dir
+from ...program import ConstantRef, Program, View
+from . import providers
+from .activations import Activations, Numerics
+from .device import Device
+from .memory import TORCH_TYPES, CodeMemory
+from .providers import Candidate, Left, Problem, Run, Scratch, candidates
+from .stored import PRODUCTS, device_types, shape_of
+from .triton import products
+from .weights import Held
+
+#: Products of up to so many rows share a choice.
+ROWS = (1, 16, 64, 256, 1024, 4096)
+#: Of what candidates compute beside the first: weights may be rounded to 8 bits, and sums run in another order.
+_TOLERANCE = 2.0**-6
+_TRIES = 5
+#: More than any L2 cache holds: a layer's weights come from memory, not from the try before.
+_FLUSHED_BYTES = 256 << 20
+
+
+def rows_up_to(most: int) -> list[int]:
+    """The largest number of rows of each choice."""
+    return [*(rows for rows in ROWS if rows < most), most]
+
+
+def product_of(
+    program: Program, numerics: Numerics, types: Sequence[ElementType], out: View, x: View, weight: ConstantRef
+) -> Problem:
+    """What a call of ``PRODUCTS`` asks for in the largest step. types: of the constants."""
+    n, k = shape_of(program.constants[weight.index])
+    wanted, to = numerics.activations.get(weight.index), program.buffers[out.buffer]
+    left = wanted.codes if wanted else program.buffers[x.buffer].dtype
+    return Problem(program.limits[to.rows], n, k, left, types[weight.index], to.dtype)
+
+
+def problems_of(program: Program, numerics: Numerics) -> list[Problem]:
+    """All different products of a program, for each number of rows that has a choice of its own."""
+    types = device_types(program, numerics.compute)
+    found: dict[Problem, None] = {}
+    for call in program.calls:
+        if call.kernel in PRODUCTS:
+            x, weight = call.operands[:2]
+            assert isinstance(x, View) and isinstance(weight, ConstantRef)
+            found[product_of(program, numerics, types, call.outputs[0], x, weight)] = None
+    return [problem for most in found for problem in _by_rows(most)]
+
+
+def _by_rows(most: Problem) -> list[Problem]:
+    return [Problem(rows, most.n, most.k, most.left, most.weight, most.out) for rows in rows_up_to(most.rows)]
+
+
+class Product:
+    """A product with one weight, of any number of rows."""
+
+    def __init__(self, weight: Held, problems: list[Problem]) -> None:
+        self.weight = weight
+        self.problems = problems
+        self._limits = [problem.rows for problem in problems]
+        self._runs: list[Run] = []
+
+    def choose(self, runs: list[Run]) -> None:
+        """runs: one per problem."""
+        self._runs = runs
+
+    def __call__(self, out: torch.Tensor, x: Left, bias: torch.Tensor | None) -> None:
+        if len(out):
+            self._runs[bisect_left(self._limits, len(out))](out, x, bias)
+
+
+class Products:
+    """All products of a model; ready for use when :meth:`choose` has run."""
+
+    def __init__(self, device: Device, scratch: Scratch) -> None:
+        self._device = device
+        self._scratch = scratch
+        self._products: list[Product] = []
+
+    def add(self, most: Problem, weight: Held) -> Product:
+        product = Product(weight, _by_rows(most))
+        self._products.append(product)
+        return product
+
+    def choose(self) -> None:
+        """Find out who computes what: where nothing is measured, the first candidate."""
+        by_problem: dict[Problem, list[Candidate]] = {}
+        samples = {problem: product.weight for product in self._products for problem in product.problems}
+        tuner = Tuner(self._device) if self._device.is_cuda else None
+        for problem, weight in samples.items():
+            found = candidates(problem, self._device, self._scratch)
+            by_problem[problem] = found if tuner is None else tuner.ordered(problem, found, weight)
+        if tuner is not None:
+            tuner.keep()
+        for product in self._products:
+            product.choose([_bound(by_problem[problem], product.weight) for problem in product.problems])
+
+
+def _bound(ordered: list[Candidate], weight: Held) -> Run:
+    """The first that takes this weight."""
+    return next(run for run in (candidate.bind(weight) for candidate in ordered) if run is not None)
+
+
+class Tuner:
+    """Times candidates on the device, and keeps what it finds."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._kept = kept_choices(device)
+        self._new: dict[str, Any] = {}
+
+    def ordered(self, problem: Problem, found: list[Candidate], weight: Held) -> list[Candidate]:
+        """The fastest first. weight: any of the problem's."""
+        if len(found) == 1:
+            return found
+        key = str(problem)
+        if key not in self._kept and key not in self._new:
+            if not self._new:
+                warnings.warn(
+                    f"finding the fastest kernels for {self._device.name}: once, it may take a minute", stacklevel=2
+                )
+            self._new[key] = self._measured(problem, found, weight)
+        choice = (self._kept.get(key) or self._new[key])["choice"]
+        return sorted(found, key=lambda candidate: candidate.name != choice)
+
+    def keep(self) -> None:
+        if not self._new:
+            return
+        path, key = _path(), device_key(self._device)
+        kept = _read(path)
+        kept[key] = {**kept.get(key, {}), **self._new}
+        with contextlib.suppress(OSError):  # only a shortcut: without it the next start measures again
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(kept, indent=1))
+
+    @cached_property
+    def _flushed(self) -> torch.Tensor:
+        size = _FLUSHED_BYTES if self._device.is_cuda else 1
+        return torch.zeros(size, dtype=torch.uint8, device=self._device.torch_device)
+
+    def _measured(self, problem: Problem, found: list[Candidate], weight: Held) -> dict[str, Any]:
+        """choice, seconds by candidate, and why others were left out."""
+        x = _left_side(problem, self._device.torch_device)
+        out = torch.empty(problem.rows, problem.n, dtype=TORCH_TYPES[problem.out], device=self._device.torch_device)
+        seconds: dict[str, float] = {}
+        failed: dict[str, str] = {}
+        want: torch.Tensor | None = None
+        for candidate in found:
+            try:  # libraries refuse sizes and types by exceptions of many kinds
+                run = candidate.bind(weight)
+                if run is None:
+                    failed[candidate.name] = "does not suit the weight"
+                    continue
+                run(out.fill_(float("nan")), x, None)
+                self._device.synchronize()
+                if want is None:
+                    want = out.float().clone()
+                worst = float((out.float() - want).abs().max() / want.abs().max())
+                if not worst <= _TOLERANCE:
+                    failed[candidate.name] = f"differs from {found[0].name} by {worst:.3g} of the largest result"
+                    continue
+                seconds[candidate.name] = min(self._times(run, out, x))
+            except Exception as error:
+                failed[candidate.name] = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        if not seconds:
+            raise RuntimeError(f"nothing computes {problem}: {failed}")
+        return {"choice": min(seconds, key=lambda name: seconds[name]), "seconds": seconds, "failed": failed}
+
+    def _times(self, run: Run, out: torch.Tensor, x: Left) -> Iterator[float]:
+        for _ in range(_TRIES):
+            self._flushed.zero_()
+            self._device.hold(2e-4)  # until the host has started it
+            begin = self._device.mark()
+            run(out, x, None)
+            end = self._device.mark()
+            end.wait()
+            yield end.seconds_since(begin)
+
+
+def _left_side(problem: Problem, device: torch.device) -> Left:
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(problem.rows, problem.k, generator=generator, device=device)
+    if problem.left not in (I8, E4M3):
+        return x.to(TORCH_TYPES[problem.left])
+    assert isinstance(problem.weight, GroupQuant)
+    wanted = Activations(problem.left, problem.weight.group_size)
+    size = CodeMemory.size(wanted, problem.rows, problem.k)
+    codes = CodeMemory(torch.empty(size, dtype=torch.uint8, device=device)).of(wanted, problem.rows, problem.k)
+    codes.codes.copy_((32 * x).clamp(-127, 127))
+    codes.scales.fill_(1 / 32)
+    return codes
+
+
+def kept_choices(device: Device) -> dict[str, Any]:
+    """By problem: choice, seconds by candidate, failed by candidate; what was measured on such a device before."""
+    kept = _read(_path()).get(device_key(device), {})
+    return kept if isinstance(kept, dict) else {}
+
+
+def device_key(device: Device) -> str:
+    """What choices hold for: the device, the libraries, and our own kernels as they are now."""
+    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in (products, providers))
+    code = hashlib.sha256(sources).hexdigest()[:12]
+    return f"{device.name}:cuda{torch.version.cuda}:torch{torch.__version__}:triton{triton.__version__}:{code}"
+
+
+def _path() -> Path:
+    return cache_dir() / "products.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        kept = json.loads(path.read_text())
+        if isinstance(kept, dict):
+            return kept
+    return {}
