@@ -106,12 +106,10 @@ def with_ratios(rows: Sequence[Row], same: Iterable[str], keys: Iterable[str]) -
 def with_earlier(data: Row, before: Row) -> Row:
     """A part's results with the rows of an earlier run, of precisions that this one did not ask for; ``earlier`` says
     which and when. So a machine that is lent for ten minutes at a time can measure them one after the other."""
-    now = data.get("precisions")
-    if now is None:
-        return data
+    now = data.get("precisions", ())  # none if it came to nothing at once
     kept = [row for row in before.get("rows", ()) if row.get("precision") not in (None, *now)]
     if not kept:
         return data
     names = list(dict.fromkeys(row["precision"] for row in kept))
     earlier = {name: before.get("earlier", {}).get(name, before.get("date", "")) for name in names}
-    return {**data, "rows": [*kept, *data["rows"]], "earlier": earlier}
+    return {"budgets": before.get("budgets"), **data, "rows": [*kept, *data.get("rows", ())], "earlier": earlier}

