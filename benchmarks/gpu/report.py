@@ -18,7 +18,8 @@ def markdown(results: Results) -> str:
         "### Pelton on CUDA" + ", an estimate" * estimated,
         "",
         f"{'; '.join(filter(None, (machine.get('device', 'unknown device'), versions)))}; "
-        f"{results.get('model', '')}{'' if estimated else ', random weights'}; commit {results.get('commit') or 'unknown'}",
+        f"{results.get('model', '')}{'' if estimated else ', random weights'}; "
+        f"commit {results.get('commit') or 'unknown'}",
         "",
         *([] if estimated else [*_table(("aim", "wanted", "measured"), aims(parts)), ""]),
         *_table(("part", "", "seconds", "date"), [
@@ -249,8 +250,8 @@ def _roofline(part: Row, parts: Mapping[str, Any]) -> list[str]:
         rates = ", ".join(f"{sheet[name] / 1e12:,.0f} TFLOP/s {name}" for name in ("bf16", "fp8", "int8", "f32"))
         lines = [f"**An estimate: nothing was measured, nothing ran.** Times are what the rates of {sheet['device']} "
                  f"allow at most: {sheet['bandwidth'] / 1e12:.2f} TB/s, {rates} "
-                 f"({sheet['source']}). Bytes and FLOPs are those that the backend counts; activations count as if they "
-                 "came from memory, though a cache may hold them."]  # fmt: skip
+                 f"({sheet['source']}). Bytes and FLOPs are those that the backend counts; activations count as if "
+                 "they came from memory, though a cache may hold them."]  # fmt: skip
     else:
         lines = [f"Between two marks in the stream with nothing between them lie {_number(part.get('mark_us'))} µs, "
                  "which are in every call's time."]  # fmt: skip
