@@ -165,7 +165,7 @@ def _measure(part: Part, precision: Precision, left: Callable[[], float]) -> Non
         replayed(part, built, config, requests(part, [(scale.prompt_len, 4)] * 2))  # compiles kernels
         while (n := next_size(worst, scale.budgets, most)) is not None:
             part.check()
-            if left() < took:  # the last one is a fair guess: half of the next are shorter
+            if worst and left() < took:  # the last one is a fair guess: half of the next are shorter
                 part.data.setdefault("cut_short", {})[precision.name] = n
                 part.say(f"{precision.name}: no time to try {n} and others")
                 break

@@ -75,11 +75,12 @@ def each(part: Part, measure: Callable[[Precision, Callable[[], float]], None]) 
     asked = precisions(part)
     part.data["precisions"] = [p.name for p in asked]
     for number, precision in enumerate(asked):
-        part.check()
         end = time.monotonic() + part.left() / (len(asked) - number)
         try:
+            part.check()
             measure(precision, lambda end=end: end - time.monotonic())  # type: ignore[misc]
-        except (OutOfTimeError, KeyboardInterrupt):
+        except OutOfTimeError:
+            part.data["no_time_for"] = [p.name for p in asked[number:]]
             raise
         except Exception as error:
             part.row(precision=precision.name, failure=f"{type(error).__name__}: {error}".split("\n")[0][:300])
@@ -104,9 +105,9 @@ def with_ratios(rows: Sequence[Row], same: Iterable[str], keys: Iterable[str]) -
 
 
 def with_earlier(data: Row, before: Row) -> Row:
-    """A part's results with the rows of an earlier run, of precisions that this one did not ask for; ``earlier`` says
+    """A part's results with the rows of an earlier run, of precisions that this one has none of; ``earlier`` says
     which and when. So a machine that is lent for ten minutes at a time can measure them one after the other."""
-    now = data.get("precisions", ())  # none if it came to nothing at once
+    now = {row.get("precision") for row in data.get("rows", ())}
     kept = [row for row in before.get("rows", ()) if row.get("precision") not in (None, *now)]
     if not kept:
         return data

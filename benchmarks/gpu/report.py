@@ -30,6 +30,8 @@ def markdown(results: Results) -> str:
         writer = _WRITERS.get(name)
         if writer is not None and part.get("rows"):
             lines += ["", f"#### {name}", "", *writer(part, parts)]
+        if part.get("no_time_for"):
+            lines += ["", f"No time for all or some of: {', '.join(part['no_time_for'])}"]
         if part.get("cut_short"):
             cut = (f"{precision} from {size}" for precision, size in part["cut_short"].items())
             lines += ["", f"Sizes that there was no time for: {', '.join(cut)}"]

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -277,6 +278,16 @@ def test_a_precision_that_fails_does_not_hold_up_the_others(new_part: Callable[.
     ]  # fmt: skip
     assert part.data["problem"] == "no figures of fp8, int4"
     assert part.data["error"].startswith("int4: Traceback") and "fp8: " not in part.data["error"]
+
+
+def test_precisions_that_there_was_no_time_for_are_named(new_part: Callable[..., Part]) -> None:
+    part = new_part("precisions", seconds=0.2)
+    part.scale = replace(part.scale, precisions=("bf16", "fp8", "int4"))
+    with pytest.raises(OutOfTimeError):
+        each(part, lambda precision, left: time.sleep(0.15))
+    assert part.data["no_time_for"] == ["int4"]
+    text = markdown({"environment": {}, "parts": {"precisions": part.data | {"status": "out of time"}}})
+    assert "No time for all or some of: int4" in text
 
 
 def test_precisions_of_earlier_runs_are_kept_and_compared() -> None:
