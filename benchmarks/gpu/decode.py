@@ -103,15 +103,16 @@ def merged(parts: Sequence[Steps]) -> Steps:
     return Steps(*(sum(getattr(p, name) for p in parts) for name in names))
 
 
-def utilization(decode: Steps, prefill: Steps, meter: Meter) -> Row:
-    """Fractions of 1."""
+def utilization(decode: Steps, prefill: Steps, meter: Meter, product: str | None = None) -> Row:
+    """Fractions of 1. product: the type of most products, None for the model's; without a peak there is no MFU."""
     from pelton.metrics import mbu, mfu
 
+    flops = meter.flops if product is None else meter.rate(product)
     return {
         "mbu_device": mbu(decode.bytes, decode.device, meter.bandwidth),
         "mbu_wall": mbu(decode.bytes, decode.wall, meter.bandwidth),
-        "mfu_decode": mfu(decode.flops, decode.device, meter.flops),
-        "mfu_prefill": mfu(prefill.flops, prefill.device, meter.flops),
+        "mfu_decode": None if flops is None else mfu(decode.flops, decode.device, flops),
+        "mfu_prefill": None if flops is None else mfu(prefill.flops, prefill.device, flops),
         "device_to_wall": decode.device / decode.wall if decode.wall else 0.0,
         "device_ms": 1e3 * decode.device / max(decode.count, 1),
         "step_ms": 1e3 * decode.wall / max(decode.count, 1),
@@ -123,17 +124,19 @@ class Utilization:
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
-        self._rows: list[tuple[Row, Steps, Steps]] = []
+        self._rows: list[tuple[Row, Steps, Steps, str | None]] = []
 
-    def row(self, part: Part, decode: Steps, prefill: Steps, **values: Any) -> None:
-        row = part.row(**values, **utilization(decode, prefill, self.meter))
-        self._rows.append((row, decode, prefill))
+    def row(self, part: Part, decode: Steps, prefill: Steps, product: str | None = None, **values: Any) -> None:
+        if product is not None:
+            values["product"] = product
+        row = part.row(**values, **utilization(decode, prefill, self.meter, product))
+        self._rows.append((row, decode, prefill, product))
 
     def finish(self, part: Part) -> None:
         with suppress(RuntimeError):  # a broken device: what broke it is to be told
             self.meter.measure()
-        for row, decode, prefill in self._rows:
-            row.update(utilization(decode, prefill, self.meter))
+        for row, decode, prefill, product in self._rows:
+            row.update(utilization(decode, prefill, self.meter, product))
         part.save()
 
 

@@ -23,13 +23,14 @@ class Part:
     """A part while it runs.
 
     file: gets ``data`` as JSON whenever a row is added; None: nothing is written. seconds: until :meth:`check` raises.
-    select: for the tests of kernels, as ``pytest -k`` has it.
+    select: for the tests of kernels, as ``pytest -k`` has it. picture: where a part that has one draws it.
     """
 
     def __init__(
-        self, name: str, scale: Scale, seconds: float, file: Path | None = None, work: Path = Path(), select: str = ""
-    ) -> None:
-        self.name, self.scale, self.work, self.select = name, scale, work, select
+        self, name: str, scale: Scale, seconds: float, file: Path | None = None, work: Path = Path(), select: str = "",
+        picture: Path | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.scale, self.work, self.select, self.picture = name, scale, work, select, picture
         self.data: Row = {"rows": []}
         self._file = file
         self._start = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import cycle
 from typing import Any
 
@@ -51,24 +52,87 @@ def matmul_rate(m: int, n: int, k: int, dtype: str, repeats: int) -> dict[str, f
     return best_and_median(seconds_of(lambda: torch.mm(x, next(weights).T, out=out), repeats), 2.0 * m * n * k)
 
 
-class Meter:
-    """The two peaks that matter, measured before and after what they are compared with."""
+def fp8_rate(m: int, n: int, k: int, repeats: int, *, fast: bool) -> dict[str, float]:
+    """As :func:`matmul_rate`, of E4M3 numbers with a scale per matrix. fast: sums are shorter than float32."""
+    import torch
 
-    def __init__(self, part: Part) -> None:
+    def random(rows: int) -> Any:
+        return torch.randn(rows, k, device=torch_device()).to(torch.float8_e4m3fn)
+
+    x, one = random(m), torch.ones((), dtype=torch.float32, device=torch_device())
+    weights = cycle([random(n) for _ in range(max(1, min(_COPIES, _UNCACHED // (n * k))))])
+
+    def run() -> object:
+        return torch._scaled_mm(
+            x, next(weights).t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=fast
+        )
+
+    return best_and_median(seconds_of(run, repeats), 2.0 * m * n * k)
+
+
+def int8_rate(m: int, n: int, k: int, repeats: int) -> dict[str, float]:
+    """As :func:`matmul_rate`, of integers."""
+    import torch
+
+    def random(rows: int) -> Any:
+        return torch.randint(-127, 128, (rows, k), dtype=torch.int8, device=torch_device())
+
+    x, out = random(m), torch.empty(m, n, dtype=torch.int32, device=torch_device())
+    weights = cycle([random(n) for _ in range(max(1, min(_COPIES, _UNCACHED // (n * k))))])
+    return best_and_median(seconds_of(lambda: torch._int_mm(x, next(weights).t(), out=out), repeats), 2.0 * m * n * k)
+
+
+def rates(m: int, n: int, k: int, dtype: str, repeats: int) -> dict[str, dict[str, float]]:
+    """Rates of products by the name of what is measured; of "fp8" there are two."""
+    if dtype == "fp8":
+        slow, fast = (fp8_rate(m, n, k, repeats, fast=fast) for fast in (False, True))
+        return {"fp8": slow, "fp8, short sums": fast}
+    return {dtype: int8_rate(m, n, k, repeats) if dtype == "int8" else matmul_rate(m, n, k, dtype, repeats)}
+
+
+def rates_or_why(m: int, n: int, k: int, dtype: str, repeats: int) -> tuple[dict[str, dict[str, float]], str]:
+    """The same; no rates, and why, where torch or the device has no such product."""
+    import torch
+
+    try:
+        return rates(m, n, k, dtype, repeats), ""
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if "CUDA error" in str(error):
+            raise
+        return {}, str(error).strip().split("\n")[0][:200]
+
+
+class Meter:
+    """The peaks that matter, measured before and after what they are compared with.
+
+    products: types besides the model's, of "fp8" and "int8". One that torch or the device does not multiply has no
+    peak; ``no_peaks`` in the results says why.
+    """
+
+    def __init__(self, part: Part, products: Iterable[str] = ()) -> None:
         self._part = part
+        self._products = tuple(dict.fromkeys((part.scale.dtype, *products)))
         part.data["peaks"] = []
         self.measure()
 
     def measure(self) -> None:
         scale = self._part.scale
         n, repeats = scale.matmul_size, max(2, scale.repeats // 2)
-        found = {
-            "bandwidth": copy_bandwidth(scale.copy_bytes[0], repeats)["best"],
-            scale.dtype: matmul_rate(n, n, n, scale.dtype, repeats)["best"],
-        }
+        found = {"bandwidth": copy_bandwidth(scale.copy_bytes[0], repeats)["best"]}
+        for name in self._products:
+            by_name, why = ({name: matmul_rate(n, n, n, name, repeats)}, "") if name == scale.dtype else rates_or_why(
+                n, n, n, name, repeats
+            )  # fmt: skip
+            if by_name:
+                found[name] = max(rate["best"] for rate in by_name.values())
+            else:
+                self._part.data.setdefault("no_peaks", {})[name] = why
         empty_cache()
         self._part.data["peaks"].append(found)
-        self._part.say(f"{found['bandwidth'] / 1e9:,.0f} GB/s, {found[scale.dtype] / 1e12:,.1f} TFLOP/s {scale.dtype}")
+        shown = ", ".join(f"{found[name] / 1e12:,.1f} TFLOP/s {name}" for name in self._products if name in found)
+        self._part.say(f"{found['bandwidth'] / 1e9:,.0f} GB/s, {shown}")
 
     @property
     def bandwidth(self) -> float:
@@ -79,6 +143,10 @@ class Meter:
     def flops(self) -> float:
         """FLOP/s in the type of the model."""
         return max(found[self._part.scale.dtype] for found in self._part.data["peaks"])
+
+    def rate(self, product: str) -> float | None:
+        """FLOP/s of a type; None if it has no peak."""
+        return max((found[product] for found in self._part.data["peaks"] if product in found), default=None)
 
 
 def model_products(scale: Any) -> dict[str, tuple[int, int]]:
@@ -107,6 +175,7 @@ def run(part: Part) -> None:
         part.check()
         repeats = scale.repeats if dtype != "f32" else max(2, scale.repeats // 4)
         part.row(what=f"{dtype} {n}³", unit="FLOP/s", **matmul_rate(n, n, n, dtype, repeats))
+    _narrow(part, f"{n}³", n, n, n)
     for name, (rows, cols) in model_products(scale).items():
         for m in _ROWS:
             part.check()
@@ -115,4 +184,19 @@ def run(part: Part) -> None:
             part.row(
                 what=f"{name}: {m} × {cols} × {rows}", unit="FLOP/s", **rate, weight_bytes_per_s=rate["median"] / m
             )
+        # Fewer rows are refused, at least of integers.
+        for m in (m for m in _ROWS if m > 16):
+            part.check()
+            _narrow(part, f", {name}: {m} × {cols} × {rows}", m, rows, cols)
         empty_cache()
+
+
+def _narrow(part: Part, what: str, m: int, n: int, k: int) -> None:
+    """Rows for FP8 and int8, where there are such products."""
+    for dtype in ("fp8", "int8"):
+        by_name, why = rates_or_why(m, n, k, dtype, part.scale.repeats)
+        for name, rate in by_name.items():
+            part.row(what=f"{name}{'' if what[0] == ',' else ' '}{what}", unit="FLOP/s", **rate)
+        if not by_name and dtype not in part.data.setdefault("no_peaks", {}):
+            part.data["no_peaks"][dtype] = why
+            part.say(f"{dtype}: {why}")

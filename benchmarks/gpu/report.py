@@ -13,14 +13,15 @@ def markdown(results: Results) -> str:
     parts: Mapping[str, Any] = results["parts"]
     machine = results["environment"]
     versions = ", ".join(f"{k} {machine[k]}" for k in ("driver", "cuda", "torch", "triton", "python") if machine.get(k))
+    estimated = all("estimate" in part for part in parts.values())
     lines = [
-        "### Pelton on CUDA",
+        "### Pelton on CUDA" + ", an estimate" * estimated,
         "",
-        f"{machine.get('device', 'unknown device')}; {versions}; {results.get('model', '')}, random weights; "
+        f"{'; '.join(filter(None, (machine.get('device', 'unknown device'), versions)))}; "
+        f"{results.get('model', '')}{'' if estimated else ', random weights'}; "
         f"commit {results.get('commit') or 'unknown'}",
         "",
-        *_table(("aim", "wanted", "measured"), aims(parts)),
-        "",
+        *([] if estimated else [*_table(("aim", "wanted", "measured"), aims(parts)), ""]),
         *_table(("part", "", "seconds", "date"), [
             (name, _outcome(part), _number(part.get("seconds")), part.get("date", "")) for name, part in parts.items()
         ]),
@@ -28,7 +29,16 @@ def markdown(results: Results) -> str:
     for name, part in parts.items():
         writer = _WRITERS.get(name)
         if writer is not None and part.get("rows"):
-            lines += ["", f"#### {name}", "", *writer(part)]
+            lines += ["", f"#### {name}", "", *writer(part, parts)]
+        if part.get("no_time_for"):
+            lines += ["", f"No time for all or some of: {', '.join(part['no_time_for'])}"]
+        if part.get("cut_short"):
+            cut = (f"{precision} from {size}" for precision, size in part["cut_short"].items())
+            lines += ["", f"Sizes that there was no time for: {', '.join(cut)}"]
+        if part.get("earlier"):
+            lines += ["", "Of earlier runs: " + ", ".join(f"{p} ({d})" for p, d in part["earlier"].items())]
+        for product, why in part.get("no_peaks", {}).items():
+            lines += ["", f"No peak of {product}: {why}"]
         for peak in part.get("peaks", ())[-1:]:
             lines += ["", "Peaks: " + ", ".join(_peak(k, [p[k] for p in part["peaks"]]) for k in peak)]
         if part.get("error"):
@@ -76,7 +86,8 @@ def _rows(parts: Mapping[str, Any], name: str) -> Sequence[Row]:
 
 def _outcome(part: Row) -> str:
     counts = f"{part['passed']} passed, {part['failed']} failed; " if "passed" in part else ""
-    return counts + str(part.get("status", "")) + (f": {part['problem']}" if part.get("problem") else "")
+    why = part.get("problem") or part.get("skipped")
+    return counts + str(part.get("status", "")) + (f": {why}" if why else "")
 
 
 def _peak(name: str, values: Sequence[float]) -> str:
@@ -96,6 +107,22 @@ def _percent(value: Any) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
 
+def _times(value: Any) -> str:
+    return "" if value is None else f"{value:.2f} ×"
+
+
+def _giga(value: Any) -> str:
+    return "" if value is None else _number(value / 1e9)
+
+
+def _tera(value: Any) -> str:
+    return "" if value is None else _number(value / 1e12)
+
+
+def _nats(value: Any) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     return lines + ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
@@ -111,12 +138,19 @@ _USE: _Columns = (
 )  # fmt: skip
 
 
-def _columns(*columns: tuple[str, str, Callable[[Any], str]]) -> Callable[[Row], list[str]]:
-    heads = [head for head, _, _ in columns]
-    return lambda part: _table(heads, [[show(row.get(key)) for _, key, show in columns] for row in part["rows"]])
+#: Writes the rows of a part; the other parts are there for those that stand beside them.
+_Writer = Callable[[Row, Mapping[str, Any]], list[str]]
 
 
-def _peaks(part: Row) -> list[str]:
+def _shown(rows: Sequence[Row], columns: _Columns) -> list[str]:
+    return _table([head for head, _, _ in columns], [[show(row.get(key)) for _, key, show in columns] for row in rows])
+
+
+def _columns(*columns: tuple[str, str, Callable[[Any], str]]) -> _Writer:
+    return lambda part, parts: _shown(part["rows"], columns)
+
+
+def _peaks(part: Row, parts: Mapping[str, Any]) -> list[str]:
     def shown(row: Row, key: str) -> str:
         scale, unit = (1e9, "GB/s") if row["unit"] == "bytes/s" else (1e12, "TFLOP/s")
         return f"{row[key] / scale:,.4g} {unit}"
@@ -129,7 +163,7 @@ def _peaks(part: Row) -> list[str]:
     return _table(("what", "best", "median", "weights read"), rows)
 
 
-def _kernel_times(part: Row) -> list[str]:
+def _kernel_times(part: Row, parts: Mapping[str, Any]) -> list[str]:
     lines = []
     for row in part["rows"]:
         lines += [f"{row['step']}: {_number(row['wall_us'])} µs, {_number(row['kernels_us'])} µs in kernels, "
@@ -141,9 +175,115 @@ def _kernel_times(part: Row) -> list[str]:
     return lines[:-1]
 
 
+def _failures(part: Row) -> list[str]:
+    return [line for r in part["rows"] if "failure" in r for line in ("", f"{r['precision']}: {r['failure']}")]
+
+
+def _precisions(part: Row, parts: Mapping[str, Any]) -> list[str]:
+    one = [r for r in part["rows"] if r.get("what") == "one"]
+    lines = []
+    if one:
+        lines = [f"One sequence, {one[0]['prompt']} tokens in, {one[0]['output']} out; MBU and MFU of device seconds, "
+                 "MFU of the peak of *products*.", ""]  # fmt: skip
+        lines += _shown(one, (
+            ("precision", "precision", _number), ("products", "product", _number),
+            ("GB of weights", "weights", _giga), ("GB per decode step", "step_bytes", _giga), *_LATENCIES,
+            ("decode tokens/s", "decode_tokens_per_s", _number), ("to bf16", "decode_tokens_per_s_to_bf16", _times),
+            ("MBU decode", "mbu_device", _percent), ("prefill tokens/s", "prefill_tokens_per_s", _number),
+            ("to bf16", "prefill_tokens_per_s_to_bf16", _times), ("MFU prefill", "mfu_prefill", _percent),
+        ))  # fmt: skip
+    batches = [r for r in part["rows"] if r.get("what") == "batch"]
+    if batches:
+        lines += ["", f"Batches, {batches[0]['prompt']} tokens in, {batches[0]['output']} out: decode tokens/s (to "
+                  "bf16), MBU of device seconds", ""]  # fmt: skip
+        lines += _grid(batches, "precision", "batch", lambda r: (
+            f"{_number(r['decode_tokens_per_s'])} ({_times(r.get('decode_tokens_per_s_to_bf16'))}), "
+            f"{_percent(r['mbu_device'])}"
+        ))  # fmt: skip
+    return [*lines, *_failures(part)]
+
+
+def _grid(rows: Sequence[Row], down: str, across: str, show: Callable[[Row], str]) -> list[str]:
+    names, sizes = (list(dict.fromkeys(r[key] for r in rows)) for key in (down, across))
+    cells = {(r[down], r[across]): show(r) for r in rows}
+    return _table([down, *map(str, sizes)], [[n, *(cells.get((n, size), "") for size in sizes)] for n in names])
+
+
+def _budget(part: Row, parts: Mapping[str, Any]) -> list[str]:
+    def cell(row: Row) -> str:
+        if not row["n"]:
+            return "none" if row["missed"] == 1 else "not found"
+        n, missed = row["n"], row["missed"]
+        sure = missed and missed - n <= max(1, n // 8)  # as far as the search goes
+        end = ", full" if row["full"] else "" if sure else f" or more, below {missed}" if missed else " or more"
+        ratio = _times(row.get("output_tokens_per_s_to_bf16"))
+        return f"{_number(row['output_tokens_per_s'])} ({n}{end}{', ' if ratio else ''}{ratio})"
+
+    lines = [
+        "Output tokens/s (requests in flight, to bf16) within so many seconds per response, p99 or, of less than 100, "
+        "the longest. Full: no more seats, or no more KV cache.", "",
+    ]  # fmt: skip
+    rows = [row | {"budget": f"{row['budget']:g} s"} for row in part.get("table", ())]
+    return [*lines, *_grid(rows, "precision", "budget", cell), *_failures(part)] if rows else _failures(part)
+
+
+def _quality(part: Row, parts: Mapping[str, Any]) -> list[str]:
+    speeds = {r["precision"]: r for r in _rows(parts, "precisions") if r.get("what") == "one"}
+    rows = [
+        {"ppl": f"{r['perplexity']:.2f}", "precision": r["precision"],
+         **{f"{key}_{name}": of[name] for key in ("kl", "kl_to_bf16") if (of := r.get(key)) for name in of},
+         **{key: speeds.get(r["precision"], {}).get(f"{key}_to_bf16") for key in ("decode_tokens_per_s",
+                                                                                   "prefill_tokens_per_s")}}
+        for r in part["rows"] if "perplexity" in r
+    ]  # fmt: skip
+    lines = [f"{part.get('model', '')}, {part.get('tokens', '')} tokens of text; KL in nats. Speeds are those of "
+             "*precisions*, to bf16, of another model.", ""]  # fmt: skip
+    return [*lines, *_shown(rows, (
+        ("precision", "precision", _number), ("KL to f32", "kl_mean", _nats), ("±", "kl_error", _nats),
+        ("99 %", "kl_p99", _nats), ("same top", "kl_same_top", _percent), ("KL to bf16", "kl_to_bf16_mean", _nats),
+        ("perplexity", "ppl", _number), ("decode", "decode_tokens_per_s", _times),
+        ("prefill", "prefill_tokens_per_s", _times),
+    )), *_failures(part)]  # fmt: skip
+
+
+def _roofline(part: Row, parts: Mapping[str, Any]) -> list[str]:
+    sheet = part.get("estimate")
+    if sheet:
+        rates = ", ".join(f"{sheet[name] / 1e12:,.0f} TFLOP/s {name}" for name in ("bf16", "fp8", "int8", "f32"))
+        lines = [f"**An estimate: nothing was measured, nothing ran.** Times are what the rates of {sheet['device']} "
+                 f"allow at most: {sheet['bandwidth'] / 1e12:.2f} TB/s, {rates} "
+                 f"({sheet['source']}). Bytes and FLOPs are those that the backend counts; activations count as if "
+                 "they came from memory, though a cache may hold them."]  # fmt: skip
+    else:
+        lines = [f"Between two marks in the stream with nothing between them lie {_number(part.get('mark_us'))} µs, "
+                 "which are in every call's time."]  # fmt: skip
+    measured: _Columns = () if sheet else (("µs", "us", _number), ("share of roof", "share", _percent))
+    for step in dict.fromkeys(row["step"] for row in part.get("steps", ())):
+        totals = [row for row in part["steps"] if row["step"] == step]
+        rows = [row for row in part["rows"] if row.get("step") == step]
+        lines += ["", f"**{step}**", "", *_shown(totals, (
+            ("precision", "precision", _number), ("GB", "bytes", _giga), ("TFLOP", "flops", _tera),
+            ("µs at the roof", "roof_us", _number), ("tokens/s at the roof", "tokens_per_s", _number),
+            ("to bf16", "roof_to_bf16", _times),
+            *(() if sheet else (("µs of the step", "step_us", _number), ("sum of calls", "us", _number),
+                                ("share of roof", "share", _percent))),
+        )), ""]  # fmt: skip
+        if sheet:  # all precisions beside each other: MB, µs and what bounds them
+            lines += ["Per kernel: MB / µs at the roof, m: of memory, c: of computing", ""]
+            lines += _grid(rows, "kernel", "precision", lambda r: (
+                f"{_number(r['bytes'] / 1e6)} / {_number(r['roof_us'])} {r['by'][0]}"))  # fmt: skip
+        else:
+            lines += _shown(rows, (
+                ("precision", "precision", _number), ("kernel", "kernel", _number), ("calls", "calls", _number),
+                ("products", "precision_of_products", _number), ("GB", "bytes", _giga), ("TFLOP", "flops", _tera),
+                ("µs of memory", "memory_us", _number), ("µs of products", "compute_us", _number), *measured,
+            ))  # fmt: skip
+    return [*lines, *_failures(part)]
+
+
 _LATENCIES: _Columns = (("TTFT ms", "ttft_ms", _number), ("TPOT ms", "tpot_ms", _number))
 _RATE: _Columns = (("output tokens/s", "output_tokens_per_s", _number),)
-_WRITERS: Mapping[str, Callable[[Row], list[str]]] = {
+_WRITERS: Mapping[str, _Writer] = {
     "install": _columns(("what", "what", _number), ("seconds", "seconds", _number)),
     "kernels": _columns(("test", "test", _number), ("outcome", "outcome", _number)),
     "checks": _columns(
@@ -158,6 +298,10 @@ _WRITERS: Mapping[str, Callable[[Row], list[str]]] = {
     "sweep": _columns(
         ("batch", "batch", _number), ("decode tokens/s", "decode_tokens_per_s", _number), *_RATE, *_LATENCIES, *_USE
     ),
+    "precisions": _precisions,
+    "budget": _budget,
+    "quality": _quality,
+    "roofline": _roofline,
     "inflight": _columns(
         ("batching", "batching", _number), *_RATE, ("to static", "to_static", _number),
         ("running", "running_mean", _number), ("TTFT p50 ms", "ttft_p50_ms", _number),

@@ -48,6 +48,16 @@ class Scale:
     seats: int = 64
     requests: int = 320
     longest: int = 2048
+    # Low precision, by the names of precision.py. Prompts and outputs of the budget are those of one sequence.
+    precisions: tuple[str, ...] = ("bf16", "fp8", "int4", "w8a8", "int8", "nvfp4", "kv-fp8", "kv-int8")
+    precision_iterations: int = 3
+    precision_batches: tuple[int, ...] = (1, 4, 16, 64, 256)
+    budgets: tuple[float, ...] = (1, 2, 4, 6, 8, 10)  # seconds that a response may take
+    budget_seats: int = 256
+    budget_chunk: int = 4096
+    least_requests: int = 4
+    roofline_batches: tuple[int, ...] = (1, 16, 64)
+    quality_tokens: int = 512
     # Peaks.
     copy_bytes: tuple[int, ...] = (1 << 30, 2 << 30, 4 << 30)
     matmul_size: int = 8192
@@ -72,6 +82,8 @@ TINY = Scale(
     model="tiny", prompt_len=9, output_len=4, chunk=16, iterations=1,
     batches=(1, 2), batch_prompt_len=5, batch_output_len=4, batch_chunk=16,
     seats=2, requests=3, longest=16,
+    precision_iterations=1, precision_batches=(2,), budgets=(0.5, 1), budget_seats=4, budget_chunk=16,
+    least_requests=2, roofline_batches=(2,),
     copy_bytes=(1 << 20,), matmul_size=64, repeats=2,
     small=True, prompt_lens=(3, 19), check_chunk=16, check_tokens=4, sampled_steps=2, families=("llama",),
 )  # fmt: skip

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,10 +18,29 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import check_models, checks, decode, inflight, kernel_tests, kernel_times, peaks, sharegpt_lengths
+from benchmarks.gpu import (
+    budget,
+    check_models,
+    checks,
+    decode,
+    inflight,
+    kernel_tests,
+    kernel_times,
+    peaks,
+    precisions,
+    quality,
+    roofline,
+    sharegpt_lengths,
+)  # fmt: skip
+from benchmarks.gpu.model import quantized_types, random_checkpoint
 from benchmarks.gpu.part import ROOT, OutOfTimeError, Part
+from benchmarks.gpu.precision import Precision, each
 from benchmarks.gpu.report import against_transformers, markdown
-from benchmarks.gpu.scale import MODELS, TINY
+from benchmarks.gpu.scale import FULL, MODELS, TINY
+from pelton import EngineConfig
+from pelton.build import build
+from pelton.errors import PeltonError
+from pelton.metrics import RequestMetrics
 from tests.backends.cuda.device import DEVICE
 
 SMALL = replace(
@@ -220,3 +242,274 @@ def test_peaks_of_matrix_products_count_two_operations_for_each_weight(
     monkeypatch.setattr(peaks, "seconds_of", lambda run, repeats: run() is None or [2.0, 0.5, 1.0])
     assert peaks.matmul_rate(4, 8, 16, "bf16", 3) == {"best": 2048.0, "median": 1024.0}
     assert peaks.copy_bandwidth(1 << 10, 3) == {"best": 4096.0, "median": 2048.0}
+
+
+# ------------------------------------------------------------------ low precision
+
+
+def test_names_of_precisions() -> None:
+    both = Precision.parse("int4+kv-fp8")
+    assert (both.options, both.product) == ({"quantization": "int4", "kv_cache_dtype": "fp8"}, "bf16")
+    assert Precision.parse("bf16").options == {}
+    plain = Precision.parse("fp8+float")
+    assert (plain.options, plain.product) == ({"quantization": "fp8", "activations": "float"}, "bf16")
+    assert [Precision.parse(name).product for name in ("fp8", "w8a8", "nvfp4", "kv-int8")] == [
+        "fp8", "int8", "bf16", "bf16",
+    ]  # fmt: skip
+    for name in ("fp9", "int4+int8", "kv-fp8+kv-int8", ""):
+        with pytest.raises(ValueError, match="precision"):
+            Precision.parse(name)
+
+
+def test_a_precision_that_fails_does_not_hold_up_the_others(new_part: Callable[..., Part]) -> None:
+    part, shares = new_part("precisions", seconds=30.0), []
+    part.scale = replace(part.scale, precisions=("fp8", "bf16", "int4"))
+
+    def measure(precision: Precision, left: Callable[[], float]) -> None:
+        shares.append(left())
+        if precision.name != "bf16":
+            raise PeltonError("it has no kernels", "leave it out") if precision.name == "fp8" else KeyError("x")
+        part.row(precision="bf16", figure=2.0)
+
+    each(part, measure)
+    assert shares == pytest.approx([10.0, 15.0, 30.0], abs=0.2)
+    assert [sorted(row) for row in part.data["rows"]] == [
+        ["failure", "precision"], ["figure", "precision"], ["failure", "precision"],
+    ]  # fmt: skip
+    assert part.data["problem"] == "no figures of fp8, int4"
+    assert part.data["error"].startswith("int4: Traceback") and "fp8: " not in part.data["error"]
+
+
+def test_precisions_that_there_was_no_time_for_are_named(new_part: Callable[..., Part]) -> None:
+    part = new_part("precisions", seconds=0.2)
+    part.scale = replace(part.scale, precisions=("bf16", "fp8", "int4"))
+    with pytest.raises(OutOfTimeError):
+        each(part, lambda precision, left: time.sleep(0.15))
+    assert part.data["no_time_for"] == ["int4"]
+    text = markdown({"environment": {}, "parts": {"precisions": part.data | {"status": "out of time"}}})
+    assert "No time for all or some of: int4" in text
+
+
+def test_precisions_of_earlier_runs_are_kept_and_compared() -> None:
+    row = {"what": "one", "batch": 1}
+    before = {
+        "date": "Monday", "earlier": {"int8": "Sunday"},
+        "rows": [{**row, "precision": "int8", "decode_tokens_per_s": 30.0}, {"precision": "fp8", "failure": "no"},
+                 {**row, "precision": "bf16", "decode_tokens_per_s": 10.0}],
+    }  # fmt: skip
+    now = {"precisions": ["fp8"], "rows": [{**row, "precision": "fp8", "decode_tokens_per_s": 25.0}]}
+    both = command._whole("precisions", now, before)
+    assert [r["precision"] for r in both["rows"]] == ["int8", "bf16", "fp8"]
+    assert [r["decode_tokens_per_s_to_bf16"] for r in both["rows"]] == [3.0, 1.0, 2.5]
+    assert both["earlier"] == {"int8": "Sunday", "bf16": "Monday"}
+    nothing = command._whole("precisions", {"status": "failed", "rows": []}, both)
+    assert len(nothing["rows"]) == 3 and nothing["status"] == "failed"
+    assert command._whole("peaks", {"rows": []}, {"rows": [{"what": "copy"}]}) == {"rows": []}
+
+
+def test_one_sequence_and_batches_of_a_precision(new_part: Callable[..., Part]) -> None:
+    part = new_part("precisions")
+    part.scale = replace(part.scale, precisions=("bf16", "w8a8"), precision_batches=(2,))
+    precisions.run(part)
+    one = part.data["rows"][0]
+    assert [(r["what"], r["batch"], r["precision"], r["product"]) for r in part.data["rows"]] == [
+        ("one", 1, "bf16", "bf16"), ("batch", 2, "bf16", "bf16"), ("one", 1, "w8a8", "int8"),
+        ("batch", 2, "w8a8", "int8"),
+    ]  # fmt: skip
+    config = MODELS["tiny"]
+    layer = config["hidden_size"] * (2 * 32 + 2 * 16 + 3 * config["intermediate_size"])
+    weights = 2 * (layer + config["hidden_size"] * config["vocab_size"])
+    assert weights < one["step_bytes"] < 1.5 * weights
+    assert part.data["rows"][2]["step_bytes"] < 0.7 * one["step_bytes"]
+    assert [r["decode_tokens_per_s_to_bf16"] == 1.0 for r in part.data["rows"]] == [True, True, False, False]
+    assert set(part.data["peaks"][0]) == {"bandwidth", "bf16", "int8"}
+    assert "problem" not in part.data and "| bf16 | bf16 |" in markdown({"environment": {}, "parts": {
+        "precisions": part.data | {"status": "ok"}}})  # fmt: skip
+
+
+def test_weights_are_random_codes_of_the_types_that_the_engine_would_make() -> None:
+    config = MODELS["tiny"]
+    plain = random_checkpoint(config)
+    types = quantized_types(EngineConfig(quantization="fp8"), plain)
+    assert len(types) == 8 and "model.embed_tokens.weight" not in types  # seven products of the layer, and the last
+    made = random_checkpoint(config, types)
+    value = made.tensors["model.layers.0.mlp.down_proj.weight"].read()
+    assert str(value.type) == "fp8g0:f32" and value.shape == (config["hidden_size"], config["intermediate_size"])
+    numbers = value.dequantize()
+    assert np.isfinite(numbers).all() and 0.3 < (numbers > 0).mean() < 0.7
+    build(EngineConfig(quantization="fp8", max_num_seqs=1, packed_cache=False), checkpoint=made).close()
+
+
+def searched(worst: Callable[[int], float], budgets: tuple[float, ...], most: int) -> dict[int, float]:
+    found: dict[int, float] = {}
+    while (n := budget.next_size(found, budgets, most)) is not None:
+        assert n not in found
+        found[n] = worst(n)
+    return found
+
+
+def test_the_search_finds_the_largest_number_for_every_budget() -> None:
+    limits = (1.0, 2.0, 4.0, 10.0)
+    found = searched(lambda n: 0.5 + 0.1 * n if n < 120 else math.inf, limits, 256)
+    for limit, exact in zip(limits, (5, 15, 35, 95), strict=True):
+        low, high = budget.bracket(found, limit)
+        assert high is not None and low <= exact < high and high - low <= max(1, low // 8)
+    assert len(found) <= 20
+    assert searched(lambda n: 1.0 * n, (0.5,), 256) == {1: 1.0}
+    assert budget.bracket({1: 1.0}, 0.5) == (0, 1)
+    full = searched(lambda n: 0.1, limits, 100)  # all that the seats allow
+    assert list(full) == [1, 2, 4, 8, 16, 32, 64, 100] and budget.bracket(full, 1.0) == (100, None)
+
+
+class Slots:
+    """An engine whose requests take a second for each in flight, one token at the end."""
+
+    def __init__(self) -> None:
+        self.now, self.running = 0.0, dict[str, float]()
+
+    def add_request(self, name: str, ids: Any, params: Any) -> None:
+        self.running[name] = self.now
+
+    def step(self) -> list[Any]:
+        first, arrival = next(iter(self.running.items()))
+        del self.running[first]
+        self.now += 1.0
+        return [SimpleNamespace(request_id=first, token_ids=[7], metrics=RequestMetrics(arrival, None, (self.now,)))]
+
+
+def test_a_closed_loop_counts_the_requests_behind_the_first() -> None:
+    asked = [SimpleNamespace(prompt_token_ids=(1,), params=None)]
+
+    def loop(n: int, longest: float) -> budget.Loop:
+        engine: Any = Slots()
+        return budget.closed_loop(engine, asked, n, 2, longest, lambda: None, clock=lambda: engine.now)
+
+    done = loop(4, 10.0)
+    # The first of those that count comes when the first of all has ended, a second after the start; the last ends at 8.
+    assert (done.times, done.worst, done.seconds, done.tokens) == ([4.0] * 4, 4.0, 7.0, 7)
+    assert loop(1, 10.0).times == [1.0, 1.0]
+    late = loop(4, 3.5)
+    assert late.too_long and late.worst == math.inf
+    # One of a hundred may be late, not two.
+    times = [1.0] * 199 + [50.0]
+    many = budget.Loop(200, [RequestMetrics(0.0, None, (t,)) for t in times], 1.0, 1)
+    assert many.worst == pytest.approx(1.0) and budget.Loop(3, many.requests[-3:], 1.0, 1).worst == 50.0
+
+
+def test_the_table_of_budgets() -> None:
+    def row(name: str, n: int, worst: float | None, rate: float) -> dict[str, Any]:
+        return {"precision": name, "n": n, "most": 4, "worst": worst, "p50": worst, "output_tokens_per_s": rate,
+                "requests_per_s": 1.0, "tpot_ms": 1.0}  # fmt: skip
+
+    data: dict[str, Any] = {"budgets": [1, 2, 4], "rows": [
+        row("bf16", 1, 1.5, 100.0), row("bf16", 2, 3.0, 150.0), row("bf16", 3, None, 0.0),
+        row("fp8", 1, 0.9, 200.0), row("fp8", 2, 1.5, 300.0), row("fp8", 3, 2.2, 350.0), row("fp8", 4, 2.5, 400.0),
+        row("int8", 1, 0.5, 50.0), row("int8", 2, 0.6, 75.0), row("int8", 4, 9.0, 100.0),
+        {"precision": "int4", "failure": "refused"},
+    ]}  # fmt: skip
+    budget.summarize(data)
+    found = [(r["n"], r["missed"], r.get("output_tokens_per_s_to_bf16")) for r in data["table"]]
+    assert found[:6] == [(0, 1, None), (1, 2, 1.0), (2, 3, 1.0), (1, 2, None), (2, 3, 3.0), (4, None, 400 / 150)]
+    text = markdown({"environment": {}, "parts": {"budget": data | {"status": "ok"}}})
+    for line in (
+        "| bf16 | none | 100 (1, 1.00 ×) | 150 (2, 1.00 ×) |",
+        "| fp8 | 200 (1) | 300 (2, 3.00 ×) | 400 (4, full, 2.67 ×) |",
+        "| int8 | 75 (2 or more, below 4) |", "int4: refused",
+    ):  # fmt: skip
+        assert line in text
+
+
+def test_throughput_within_a_response_time(new_part: Callable[..., Part], tmp_path: Path) -> None:
+    part = new_part("budget")
+    part.scale = replace(part.scale, precisions=("bf16",), budgets=(60.0,), budget_seats=2)
+    part.picture = tmp_path / "budget.svg"
+    budget.run(part)
+    assert [r["n"] for r in part.data["rows"]] == [1, 2]
+    (row,) = part.data["table"]
+    assert (row["n"], row["missed"], row["full"]) == (2, None, True) and 0 < row["p50"] <= row["worst"] < 60
+    assert row["output_tokens_per_s"] == pytest.approx(part.scale.output_len * row["requests_per_s"])
+    assert "bf16" in part.picture.read_text()
+
+
+def test_roofs_of_a_data_sheet_are_those_of_a_hand_calculation(new_part: Callable[..., Part]) -> None:
+    part = new_part("roofline")
+    part.scale = replace(FULL, precisions=("bf16",))
+    roofline.estimate(part, "h100")
+    rows = {(r["step"], r["kernel"]): r for r in part.data["rows"]}
+    weights = 2 * 128256 * 4096
+    head = rows["decode of 1", "lm_head"]
+    assert head["flops"] == weights and weights < head["bytes"] < 1.001 * weights
+    assert head["roof_us"] == head["memory_us"] == pytest.approx(1e6 * head["bytes"] / 3.35e12)
+    assert head["roof_us"] == pytest.approx(313.6, rel=1e-3) and head["by"] == "memory"
+    # Behind the last layer's attention only the last token goes on.
+    gates = rows["prefill", "gate_up_proj"]
+    assert gates["flops"] == 2 * 28672 * 4096 * (31 * 2048 + 1) and gates["by"] == "compute"
+    assert gates["roof_us"] == pytest.approx(1e6 * gates["flops"] / 989e12)
+    # Keys and values of 8 heads of 128, in 2 bytes, in 32 layers; beside them queries and results.
+    cache = 64 * 2049 * 32 * 2 * 8 * 128 * 2
+    assert cache < rows["decode of 64", "attention"]["bytes"] < 1.01 * cache
+    total = next(t for t in part.data["steps"] if t["step"] == "decode of 64")
+    assert total["roof_us"] == sum(r["roof_us"] for (step, _), r in rows.items() if step == "decode of 64")
+    assert total["tokens_per_s"] == pytest.approx(64e6 / total["roof_us"])
+    text = markdown({"environment": {}, "parts": {"roofline": part.data | {"status": "ok"}}})
+    assert "**An estimate: nothing was measured" in text and "3.35 TB/s, 989 TFLOP/s bf16, 1,979 TFLOP/s fp8" in text
+
+
+def test_kernels_beside_their_roofs(new_part: Callable[..., Part], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "_SECONDS", 0.0)
+    part = new_part("roofline")
+    part.scale = replace(part.scale, precisions=("bf16",), roofline_batches=(1,))
+    roofline.run(part)
+    assert [s["step"] for s in part.data["steps"]] == ["decode of 1", "prefill"]
+    for row in part.data["rows"]:
+        assert row["share"] == row["roof_us"] / row["us"] and row["roof_us"] > 0
+    decode = part.data["steps"][0]
+    assert decode["us"] == pytest.approx(sum(r["us"] for r in part.data["rows"] if r["step"] == "decode of 1"))
+    assert decode["share"] == decode["roof_us"] / decode["step_us"]
+
+
+def test_products_that_torch_does_not_have_have_no_peak(
+    new_part: Callable[..., Part], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: Any, **named: Any) -> Any:
+        raise RuntimeError("compute capability >= 8.9 is needed\nand more")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refused)
+    part = new_part("peaks")
+    meter = peaks.Meter(part, ["fp8", "int8", "bf16"])
+    assert meter.rate("fp8") is None and (meter.rate("int8") or 0) > 0 and meter.rate("bf16") == meter.flops
+    assert part.data["no_peaks"] == {"fp8": "compute capability >= 8.9 is needed"}
+    none = decode.utilization(decode.Steps(1, 1.0, 1.0, 1.0, 1.0), decode.Steps(1, 1.0, 1.0, 1.0, 1.0), meter, "fp8")
+    assert none["mfu_prefill"] is None and none["mbu_device"] > 0
+
+
+def test_quality_stands_beside_speed() -> None:
+    kl = {"mean": 0.0142, "error": 0.001, "p99": 0.08, "same_top": 0.92}
+    parts: dict[str, Any] = {
+        "quality": {"status": "ok", "rows": [{"precision": "f32", "perplexity": 21.34}, {"precision": "fp8",
+            "perplexity": 21.67, "kl": kl, "kl_to_bf16": kl}, {"precision": "w8a8", "failure": "refused"}]},
+        "precisions": {"status": "ok", "rows": [{"what": "one", "precision": "fp8", "prompt": 1, "output": 1,
+            "decode_tokens_per_s": 10.0, "decode_tokens_per_s_to_bf16": 1.8, "prefill_tokens_per_s_to_bf16": 1.5}]},
+    }  # fmt: skip
+    text = markdown({"environment": {}, "parts": parts})
+    assert "| fp8 | 0.0142 | 0.001 | 0.08 | 92.0 % | 0.0142 | 21.67 | 1.80 × | 1.50 × |" in text
+    assert "w8a8: refused" in text
+
+
+def test_quality_of_precisions(new_part: Callable[..., Part]) -> None:
+    part = new_part("quality")
+    part.scale = replace(part.scale, precisions=("bf16", "w8a8", "kv-int8"))
+    quality.run(part)
+    exact, bf16, w8a8, cache = part.data["rows"]
+    assert [r["precision"] for r in part.data["rows"]] == ["f32", "bf16", "w8a8", "kv-int8"]
+    assert bf16["kl_to_bf16"]["mean"] == 0 < bf16["kl"]["mean"] < w8a8["kl"]["mean"] < 0.1
+    assert 0 < cache["kl_to_bf16"]["mean"] < 0.1
+    assert all(r["perplexity"] == pytest.approx(exact["perplexity"], rel=0.05) for r in part.data["rows"])
+
+
+def test_quality_without_its_model_is_skipped(new_part: Callable[..., Part], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "_PACKAGES", {"no_such_module": "no-such-package"})
+    part = new_part("quality")
+    part.scale = FULL
+    quality.run(part)
+    assert part.data["skipped"] == "needs no-such-package (offline: --wheels)"
