@@ -115,9 +115,7 @@ def test_a_quantized_checkpoint_is_not_quantized_again() -> None:
 
 
 def test_an_unknown_choice() -> None:
-    with pytest.raises(
-        PeltonError, match=r"is 'int3'; choose one of int8, int4, fp8, nvfp4, w8a8, or leave"
-    ):
+    with pytest.raises(PeltonError, match=r"is 'int3'; choose one of int8, int4, fp8, nvfp4, w8a8, or leave"):
         plan(EngineConfig(str(tiny_checkpoint("llama")[0]), quantization="int3"))  # type: ignore[arg-type]
 
 

@@ -25,7 +25,7 @@ from .device import Device
 from .memory import TORCH_TYPES, CodeMemory
 from .providers import Candidate, Left, Problem, Run, Scratch, candidates
 from .stored import PRODUCTS, device_types, shape_of
-from .triton import products
+from .triton import fp8_products, products
 from .weights import Held
 
 #: Products of up to so many rows share a choice.
@@ -216,7 +216,7 @@ def kept_choices(device: Device) -> dict[str, Any]:
 
 def device_key(device: Device) -> str:
     """What choices hold for: the device, the libraries, and our own kernels as they are now."""
-    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in (products, providers))
+    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in (products, fp8_products, providers))
     code = hashlib.sha256(sources).hexdigest()[:12]
     return f"{device.name}:cuda{torch.version.cuda}:torch{torch.__version__}:triton{triton.__version__}:{code}"
 
