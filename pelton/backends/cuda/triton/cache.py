@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import INTERPRETED, from_e4m3, to_e4m3
+from .common import INTERPRETED, from_e4m3
 
 _UPCAST: tl.constexpr = tl.constexpr(INTERPRETED)
 
@@ -42,37 +42,6 @@ class Cache(NamedTuple):
         codes = memory[:, :split].view(dtype).unflatten(1, (2, kv_heads, block_size, head_dim))
         scales = memory[:, split:].view(torch.float32).unflatten(1, (2, kv_heads, block_size)) if size > split else None
         return cls(memory, codes, scales)
-
-
-@triton.jit
-def magnitude(x):
-    """Of float32, as integers of the same order, infinity and then NaN above all else: maxima keep them."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def scale_of(largest, INTEGERS: tl.constexpr):
-    """float32 of the largest ``magnitude`` among elements that share a scale; infinite if one is not finite."""
-    finite = largest < 0x7F800000
-    most: tl.constexpr = 127.0 if INTEGERS else 448.0
-    scale = tl.div_rn(largest.to(tl.float32, bitcast=True), tl.full(largest.shape, most, tl.float32))
-    return tl.where(finite, scale, float("inf"))
-
-
-@triton.jit
-def encode(x, scale, INTEGERS: tl.constexpr):
-    """Codes of float32, ties to even; 0 where the scale is infinite."""
-    most: tl.constexpr = 127.0 if INTEGERS else 448.0
-    finite = scale < float("inf")
-    x = tl.where(finite, x, 0.0)
-    divisor = tl.where(finite & (scale > 0), scale, 1.0)
-    units = tl.div_rn(x, tl.broadcast_to(divisor, x.shape))
-    units = tl.minimum(tl.maximum(units, -most), most)
-    if INTEGERS:  # from 1.5 * 2**23 on, the last bit of a float is 1
-        codes = ((units + 12582912.0).to(tl.int32, bitcast=True) & 0xFF).to(tl.int8)
-    else:
-        codes = to_e4m3(units)
-    return codes
 
 
 #: PTX: four codes in $2 become two pairs of numbers in $0 and $1. Nothing in it needs more than Ampere.

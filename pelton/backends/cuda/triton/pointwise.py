@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 
 from ....graph.ops import GATE_BLOCK
+from .codes import encode, magnitude, scale_of
 from .common import FUSED, next_power_of_2, tanh
-from .quantize import ROW_COLUMNS, Codes, encode, magnitudes, scale_of, store_codes, target
+from .quantize import ROW_COLUMNS, Codes, store_codes, target
 
 #: Elements of a program. 8 a thread with the default of 4 warps: whole 16-byte accesses of 16-bit types, and no element
 #: in two threads, so that an output may be an input.
@@ -123,7 +124,7 @@ def _long_rows_kernel(
     for first in range(0, columns, BLOCK):
         column = first + index
         x = _values(a_ptr, b_ptr, 0.0, row, column, column < columns, a_stride, b_stride, OP, ALTERNATE)
-        largest = tl.maximum(largest, magnitudes(x, BLOCK))
+        largest = tl.maximum(largest, tl.max(magnitude(x), 1, keep_dims=True))
     scale = scale_of(largest, INT8)
     tl.store(scales_ptr + row + tl.zeros([1, 1], tl.int32), scale)
     for first in range(0, columns, BLOCK):

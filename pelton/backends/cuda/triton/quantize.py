@@ -1,9 +1,4 @@
-"""Rows of floats become int8 or FP8 codes with a scale per row or per group of columns.
-
-The rule is that of KV caches (``_scaled_tokens`` in pelton/graph/ops.py), bit for bit: the largest magnitude of a group
-is 127 or 448 scales, a code is the nearest to x / scale, ties to even. A group in which something is not finite has
-codes 0 and an infinite scale: products with it are NaN.
-"""
+"""Rows of floats become int8 or FP8 codes (:mod:`.codes`) with a scale per row or per group of columns."""
 
 from __future__ import annotations
 
@@ -13,12 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import FUSED, next_power_of_2, to_e4m3
+from .codes import encode, magnitude, scale_of
+from .common import FUSED, next_power_of_2
 
 #: Columns of which a program holds a row in registers: 32 a thread. Of longer rows it reads all but these twice.
 ROW_COLUMNS = 16384
-
-_INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
 
 
 class Codes(NamedTuple):
@@ -48,40 +42,6 @@ def target(out: torch.Tensor | Codes, block: int) -> tuple[torch.Tensor, torch.T
 
 
 @triton.jit
-def magnitudes(x, GROUP: tl.constexpr):
-    """Bits, int32 [ROWS, COLUMNS / GROUP], of the largest |x| in each group of float32 [ROWS, COLUMNS].
-
-    As integers, since there NaN is more than infinity, and that is more than all else.
-    """
-    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return tl.max(tl.reshape(bits, [x.shape[0], x.shape[1] // GROUP, GROUP]), axis=2)
-
-
-@triton.jit
-def scale_of(largest, INT8: tl.constexpr):
-    """Float32 of what :func:`magnitudes` gave."""
-    most: tl.constexpr = 127.0 if INT8 else 448.0
-    exact = tl.div_rn(largest.to(tl.float32, bitcast=True), tl.full(largest.shape, most, tl.float32))
-    return tl.where(largest < _INFINITY, exact, float("inf"))
-
-
-@triton.jit
-def encode(x, scale, INT8: tl.constexpr):
-    """Codes, as uint8, of float32 [ROWS, COLUMNS] with scales [ROWS, COLUMNS / GROUP]."""
-    most: tl.constexpr = 127.0 if INT8 else 448.0
-    grouped = tl.reshape(x, [x.shape[0], scale.shape[1], x.shape[1] // scale.shape[1]])
-    scale = scale[:, :, None]
-    units = tl.div_rn(grouped, tl.where(scale > 0, scale, 1.0))
-    units = tl.where(scale < float("inf"), units, 0.0)
-    units = tl.minimum(tl.maximum(units, -most), most)  # scales that are subnormal have few digits
-    if INT8:  # ulps of 1.5 * 2**23 are 1, and its last byte is 0
-        codes = (units + 12582912.0).to(tl.int32, bitcast=True).to(tl.uint8)
-    else:
-        codes = to_e4m3(units)
-    return tl.reshape(codes, x.shape)
-
-
-@triton.jit
 def store_codes(
     codes_ptr,
     scales_ptr,
@@ -98,11 +58,13 @@ def store_codes(
     """Stores x, columns from ``first`` on. GROUP divides COLUMNS; if it is COLUMNS, x is all that shares a scale."""
     column = first + tl.arange(0, x.shape[1])[None, :]
     group = first // GROUP + tl.arange(0, x.shape[1] // GROUP)[None, :]
-    scale = scale_of(magnitudes(x, GROUP), INT8)
+    grouped = tl.reshape(x, [x.shape[0], x.shape[1] // GROUP, GROUP])
+    scale = scale_of(tl.max(magnitude(grouped), 2), INT8)
     mask = (row < rows) & (group * GROUP < columns)
     tl.store(scales_ptr + group.to(tl.int64) * scales_stride + row, scale, mask=mask)
     mask = (row < rows) & (column < columns)
-    tl.store(codes_ptr + row * codes_stride + column, encode(x, scale, INT8), mask=mask)
+    codes = tl.reshape(encode(grouped, scale[:, :, None], INT8), x.shape)
+    tl.store(codes_ptr + row * codes_stride + column, codes, mask=mask)
 
 
 @triton.jit(do_not_specialize=["units", "scales_stride"])
@@ -130,10 +92,10 @@ def _quantize_rows_kernel(
     valid = unit < units
     mask = valid & (column < SIZE)
     x = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    largest = magnitudes(x, BLOCK)
+    largest = tl.max(magnitude(x), 1, keep_dims=True)
     for first in range(BLOCK, SIZE, BLOCK):
         more = tl.load(x_ptr + first + column, mask=valid & (first + column < SIZE), other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, magnitudes(more, BLOCK))
+        largest = tl.maximum(largest, tl.max(magnitude(more), 1, keep_dims=True))
     scale = scale_of(largest, INT8)
     tl.store(scales_ptr + group.to(tl.int64) * scales_stride + row, scale, mask=valid)
     tl.store(codes_ptr + column, encode(x, scale, INT8), mask=mask)

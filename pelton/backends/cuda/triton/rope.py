@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .cache import Cache, encode, magnitude, scale_of
+from .cache import Cache
+from .codes import encode, magnitude, scale_of
 from .common import FUSED, next_power_of_2
 
 _NUM_WARPS = 2
@@ -64,10 +65,10 @@ def _write_heads(
         scale = scale_of(largest, integers)
         tl.store(scales_ptr + head * scales_head_stride, scale, mask=head < heads)
         if PAIRS > 0:
-            left = encode(left, scale, integers)
-            right = encode(right, scale, integers)
+            left = encode(left, scale, integers).to(out_ptr.dtype.element_ty, bitcast=True)
+            right = encode(right, scale, integers).to(out_ptr.dtype.element_ty, bitcast=True)
         if REST_BLOCK > 0:
-            rest = encode(rest, scale, integers)
+            rest = encode(rest, scale, integers).to(out_ptr.dtype.element_ty, bitcast=True)
     if PAIRS > 0:
         tl.store(out_ptrs + first, left, mask=mask)
         tl.store(out_ptrs + second, right, mask=mask)
