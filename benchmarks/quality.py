@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality [--tokens 512] [--types int4 Q4_K ...]        needs llama-cpp-python
     python -m benchmarks.quality --groups        what sharing a scale among more weights and activations costs
+    python -m benchmarks.quality --gpu           what quantized activations cost on GPUs; needs torch, no GPU
 
 The model is SmolLM2-135M-Instruct, from its Q4_1 file, since no original is at hand. Its weights lie on a grid of
 4 bits, which a 4-bit type might find again. So the base model is *shuffled*: channels of the residual stream, of
@@ -12,7 +13,8 @@ layer in Q8_0, as ``--quantization`` keeps the latter in int8: what differs is t
 
 Pelton and llama.cpp read the same files and tokens, one sequence, KV cache in f32. Kinds of activations in Pelton:
 f32 (on the tier "avx512", which has no bf16 products), then --activations float, int8 and auto on the best tier.
-auto is measured for types on load only: GGUF files as written here get int8.
+auto is measured for types on load only: GGUF files as written here get int8. --gpu: the NumPy reference, its products
+with activations rounded as ``pelton/backends/cuda/activations.py`` has it.
 Writes benchmarks/results/quality-<machine>.json and prints a Markdown table.
 """
 
@@ -27,8 +29,9 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -102,8 +105,15 @@ def perplexity(logits: Floats, tokens: list[int]) -> float:
 # ------------------------------------------------------------------ engines
 
 
-def pelton_logits(model: Path, tokens: list[int], threads: int = 2, **options: Any) -> Floats:
-    """Float32 logits [tokens, vocab] at every token of one sequence."""
+def pelton_logits(
+    model: Path,
+    tokens: list[int],
+    threads: int = 2,
+    *,
+    within: Callable[[Any], AbstractContextManager[None]] = lambda executor: nullcontext(),
+    **options: Any,
+) -> Floats:
+    """Float32 logits [tokens, vocab] at every token of one sequence. within: entered with the executor."""
     from pelton.backends.base import Batch, SampleSpec, ScheduledSequence
     from pelton.build import build
     from pelton.config import EngineConfig, SamplingParams
@@ -119,7 +129,8 @@ def pelton_logits(model: Path, tokens: list[int], threads: int = 2, **options: A
         built = build(config)
     spec = SampleSpec(SamplingParams(temperature=0.0), (), (), 0)
     batch = Batch((ScheduledSequence("a", tuple(tokens), 0, blocks, spec),))
-    logits = np.array(built.executor.logits(batch, every=True))  # type: ignore[attr-defined]
+    with within(built.executor):
+        logits = np.array(built.executor.logits(batch, every=True))  # type: ignore[attr-defined]
     built.close()
     return logits
 
@@ -141,6 +152,35 @@ def llama_cpp_logits(model: Path, tokens: list[int], threads: int) -> Floats:
     logits = np.array(llama.scores[: len(tokens)])
     llama.close()
     return logits
+
+
+@contextmanager
+def rounded_products(executor: Any, choice: str) -> Iterator[None]:
+    """A reference executor's products take activations as a GPU does. choice: ``EngineConfig.product_activations``."""
+    from pelton.backends.cuda.activations import Activations, activations_of
+    from pelton.graph import OPS, GroupQuant
+    from pelton.graph.ops import _scaled_tokens, scaled_token
+
+    def rounded(x: Floats, wanted: Activations) -> Floats:
+        size = wanted.group_size or x.shape[-1]
+        tokens = _scaled_tokens(x.reshape(-1, size), scaled_token(wanted.codes, size))
+        values: Floats = tokens["codes"].astype(np.float32) * tokens["scale"][:, None]
+        return values.reshape(x.shape)
+
+    types = {
+        id(value): node.tensor.dtype
+        for node, value in executor._constants.items()
+        if isinstance(node.tensor.dtype, GroupQuant)
+    }
+    linear = OPS["linear"]
+
+    def product(attrs: Any, x: Floats, w: Floats, *bias: Floats) -> Any:
+        type = types.get(id(w))
+        wanted = None if type is None else activations_of(type, choice, True)
+        return linear.reference(attrs, x if wanted is None else rounded(x, wanted), w, *bias)
+
+    with patch.dict(OPS, linear=replace(linear, reference=product)):
+        yield
 
 
 # ------------------------------------------------------------------ files
@@ -355,6 +395,32 @@ def measure_groups(run: Run, folder: Path) -> None:
         run.add("shuffled", str(type), "pelton", "int8", ints, **more)
 
 
+def measure_gpu(run: Run, folder: Path) -> None:
+    """What the CUDA backend computes, but for the rounding of floats to 16 bits."""
+    from pelton.graph import GroupQuant
+    from pelton.quantize import recipes
+
+    base = folder / "shuffled-f32.gguf"
+    write_base(base, shuffle=True, pad=True)
+    reference: dict[str, Any] = {"device": "reference", "dtype": "f32"}
+    run.f32 = pelton_logits(base, run.tokens, run.threads, **reference)
+    blocks = GroupQuant(8, 128, floating=True)  # as DeepSeek's, scales of weights by row
+    for name, quantization, recipe in (
+        ("fp8", "fp8", None), ("fp8 in 128s", "fp8", blocks), ("int8", "int8", None), ("w8a8", "w8a8", None),
+        ("int4", "int4", None), ("nvfp4", "nvfp4", None),
+    ):  # fmt: skip
+        with patch.dict(recipes._RECIPES, {} if recipe is None else {quantization: recipe}):
+            for choice in ("float", "int8" if quantization == "w8a8" else "auto"):
+                logits = pelton_logits(
+                    base, run.tokens, run.threads, quantization=quantization, **reference,
+                    within=lambda executor, choice=choice: rounded_products(executor, choice),  # type: ignore[misc]
+                )  # fmt: skip
+                run.add("shuffled", name, "pelton", choice, logits)
+    for cache in ("bf16", "int8", "fp8"):
+        logits = pelton_logits(base, run.tokens, run.threads, **reference, kv_cache_dtype=cache)
+        run.add("shuffled", "F32", "pelton", f"KV {cache}", logits)
+
+
 def markdown(rows: list[dict[str, Any]], model: str) -> str:
     """A row per type. The last figures of Pelton are those with the activations that auto chooses."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
@@ -388,6 +454,7 @@ def main() -> None:
     every = [*GGUF_TYPES, *ON_LOAD]
     parser.add_argument("--types", nargs="+", choices=every, default=every, metavar="TYPE", help=", ".join(every))
     parser.add_argument("--groups", action="store_true", help="measure sizes of groups instead")
+    parser.add_argument("--gpu", action="store_true", help="measure what GPUs compute instead")
     parser.add_argument("--tokens", type=int, default=512, help="of the text's start; at most 4,091")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/quality-<machine>.json")
@@ -410,6 +477,8 @@ def main() -> None:
         os.environ["PELTON_CACHE"] = f"{folder}/cache"
         if args.groups:
             measure_groups(run, Path(folder))
+        elif args.gpu:
+            measure_gpu(run, Path(folder))
         else:
             measure(run, args.types, Path(folder))
     cpu = _native.cpu_features().get("model_name")
@@ -428,10 +497,10 @@ def main() -> None:
         "rows": run.rows,
     }
     machine = str(cpu).lower().replace(" ", "-")
-    output = args.output or RESULTS / f"quality-{'groups-' * args.groups}{machine}.json"
+    output = args.output or RESULTS / f"quality-{'groups-' * args.groups}{'gpu-' * args.gpu}{machine}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(results, indent=1) + "\n")
-    for model in () if args.groups else ("shuffled", "shipped"):
+    for model in () if args.groups or args.gpu else ("shuffled", "shipped"):
         print(f"\n{model}\n\n{markdown(run.rows, model)}")
     print(output)
 

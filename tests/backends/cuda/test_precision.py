@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from benchmarks.quality import rounded_products
 from pelton.backends.cuda.activations import Activations, activations_of
 from pelton.build import build, plan
 from pelton.config import EngineConfig
-from pelton.graph import E4M3, I8, OPS, GroupQuant
-from pelton.graph.ops import _scaled_tokens, scaled_token
+from pelton.graph import E4M3, I8, GroupQuant
 from pelton.quantize import QUANTIZATIONS, weight_type
 from tests.backends.cuda.executors import executor
 from tests.helpers.families import Sequences, tolerance
@@ -24,31 +22,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:rows of 48|rows of 80")
 TOKENS = [int(t) for t in np.random.default_rng(5).integers(3, 101, 21)]
 
 
-def rounded(x: npt.NDArray[Any], wanted: Activations) -> npt.NDArray[Any]:
-    """Activations as their codes stand for them."""
-    size = wanted.group_size or x.shape[-1]
-    tokens = _scaled_tokens(x.reshape(-1, size), scaled_token(wanted.codes, size))
-    values: npt.NDArray[Any] = tokens["codes"].astype(np.float32) * tokens["scale"][:, None]
-    return values.reshape(x.shape)
-
-
-def oracle(folder: Any, quantization: str, choice: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The reference executor; its products round activations first, as ``choice`` has it."""
+def oracle(folder: Any, quantization: str) -> Any:
+    """The reference executor."""
     config = EngineConfig(str(folder), device="reference", quantization=quantization, kv_cache_dtype="f32")  # type: ignore[arg-type]
-    built = build(config)
-    types = {
-        id(value): node.tensor.dtype
-        for node, value in built.executor._constants.items()  # type: ignore[attr-defined]
-        if isinstance(node.tensor.dtype, GroupQuant)
-    }
-    linear: Callable[..., Any] = OPS["linear"].reference
-
-    def product(attrs: Any, x: Any, w: Any, *bias: Any) -> Any:
-        wanted = activations_of(types[id(w)], choice, True)
-        return linear(attrs, x if wanted is None else rounded(x, wanted), w, *bias)
-
-    monkeypatch.setitem(OPS, "linear", replace(OPS["linear"], reference=product))
-    return built.executor
+    return build(config).executor
 
 
 def steps(run: Any) -> npt.NDArray[Any]:
@@ -59,11 +36,9 @@ def steps(run: Any) -> npt.NDArray[Any]:
 
 
 @pytest.mark.parametrize(("family", "quantization"), [*(("llama", q) for q in QUANTIZATIONS), ("gpt2", "int4")])
-def test_codes_beside_floats_give_the_oracles_logits(
-    family: str, quantization: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_codes_beside_floats_give_the_oracles_logits(family: str, quantization: str) -> None:
     folder, _ = tiny_checkpoint(family, layers=1)
-    reference = oracle(folder, quantization, "float", monkeypatch)
+    reference = oracle(folder, quantization)
     device = executor(
         folder, quantization=quantization, activations="float", dtype="f32", kv_cache_dtype="f32", max_num_seqs=2
     )
@@ -76,10 +51,10 @@ def test_codes_beside_floats_give_the_oracles_logits(
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize(("quantization", "choice", "precision"), [("fp8", "auto", "fp8"), ("w8a8", "int8", "int8")])
 def test_codes_beside_codes_give_the_oracles_logits(
-    family: str, quantization: str, choice: str, precision: str, monkeypatch: pytest.MonkeyPatch
+    family: str, quantization: str, choice: str, precision: str
 ) -> None:
     folder, _ = tiny_checkpoint(family, layers=1)
-    reference = oracle(folder, quantization, choice, monkeypatch)
+    reference = oracle(folder, quantization)
     device = executor(folder, quantization=quantization, dtype="f32", kv_cache_dtype="f32", max_num_seqs=2)
     assert device.precision == precision
     # The norms before qkv and gate_up, and the gated activation: not what attention gives, nor the hidden states.
@@ -87,7 +62,8 @@ def test_codes_beside_codes_give_the_oracles_logits(
         c.kernel for c in device.program.calls if c.outputs and c.outputs[-1].buffer in device._numerics.quantized
     ]
     assert len(kernels) == 3 and {k.split("_")[-1] for k in kernels} == {"norm", "activation"}
-    got, want = steps(device), steps(reference)
+    with rounded_products(reference, choice):
+        got, want = steps(device), steps(reference)
     # A sum that differs in its last bit may round to the neighbouring code, one of 48 or 80 that make a sum: in FP8
     # 2**-3 of a number, and rarely two of them at once.
     assert np.abs(got - want).max() <= 2.0**-3 / 48 * np.abs(want).max()
