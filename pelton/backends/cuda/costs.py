@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ...graph.cost import Cost, total
 from ...graph.types import ElementType
-from ...program import Call, ConstantRef, Program, View
+from ...program import CacheRef, Call, ConstantRef, Program, View
 from ..call_cost import CallCost
-from .activations import Numerics
+from .activations import Activations, Numerics
 from .memory import rows_of
 from .stored import PRODUCTS, constant_bytes, device_types, shape_of
 
@@ -31,14 +31,27 @@ def _cost(program: Program, types: list[ElementType], call: Call, numerics: Nume
             if call.kernel == "take_rows":  # of what it selects from, too, only the selected rows are read
                 dim = program.rows_of(call)
             wanted = numerics.quantized.get(operand.buffer)
-            size = buffer.dtype.bits / 8 if wanted is None else 1 + 4 * wanted.groups(operand.cols) / operand.cols
-            activations.append({dim: operand.cols * size})
+            size = buffer.dtype.bits / 8 * operand.cols if wanted is None else _code_bytes(wanted, operand.cols)
+            activations.append({dim: size})
         elif isinstance(operand, ConstantRef) and program.constants[operand.index].expr is not None:
             constant = program.constants[operand.index]
             size = constant_bytes(constant, types[operand.index])
             looked_up = call.kernel == "embedding"
             streamed.append({program.rows_of(call): size / shape_of(constant)[0]} if looked_up else {"1": size})
+        elif isinstance(operand, CacheRef) and call.kernel in ("kv_write", "rope_kv_write"):
+            streamed.append({"T": program.caches[operand.index].token_bytes})
+    if call.kernel in PRODUCTS:  # codes that no kernel before has made are written, then read
+        x, weight = call.operands[:2]
+        assert isinstance(x, View) and isinstance(weight, ConstantRef)
+        wanted = numerics.activations.get(weight.index)
+        if wanted is not None and x.buffer not in numerics.quantized:
+            activations.append({program.rows_of(call): 2 * _code_bytes(wanted, x.cols)})
     return CallCost(call, call.flops, total(streamed), total(activations), _precision(call, numerics))
+
+
+def _code_bytes(wanted: Activations, cols: int) -> float:
+    """Of a row of codes with its scales."""
+    return cols + 4 * wanted.groups(cols)
 
 
 def _precision(call: Call, numerics: Numerics) -> str:
