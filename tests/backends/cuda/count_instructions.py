@@ -1,4 +1,4 @@
-"""What a product of one token costs in instructions: ``python -m tests.backends.cuda.count_instructions``, without a GPU.
+"""Instructions of a product of one token, without a GPU: ``python -m tests.backends.cuda.count_instructions``.
 
 Compiles the kernel of each type for sm_90, finds its inner loop in the machine code, and counts. The last column is the
 time that an H100 needs to read the weights over the time that it needs to start these instructions (data sheet: 3.35

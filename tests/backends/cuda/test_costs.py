@@ -19,7 +19,8 @@ def test_a_layer_in_fp8_moves_its_codes_and_scales() -> None:
     folder, _ = tiny_checkpoint("llama", "bfloat16", layers=1)  # 48 wide, 80 between, 6 heads of 8 over 2
     planned = plan(EngineConfig(str(folder), device="cuda", quantization="fp8", kv_cache_dtype="int8"))
     numerics = Numerics.of(planned.program, BF16, "auto", True)
-    costs = {cost.call.name.rpartition(".")[2]: cost for cost in call_costs(planned.program, numerics)}
+    every = call_costs(planned.program, numerics)
+    costs = {cost.call.name.rpartition(".")[2]: cost for cost in every}
     # Rows of weights are padded to 32 columns; a scale of 4 bytes each.
     assert costs["qkv_proj"].streamed == {"1": 80 * (64 + 4)} and costs["down_proj"].streamed == {"1": 48 * (96 + 4)}
     # The norm's codes with a scale come in, 16-bit floats go out.
@@ -31,4 +32,4 @@ def test_a_layer_in_fp8_moves_its_codes_and_scales() -> None:
     assert {name: cost.precision for name, cost in costs.items() if name.endswith("_proj")} == dict.fromkeys(
         ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), "fp8"
     )
-    assert costs["lm_head"].precision == "bf16"  # int8 in groups, beside floats
+    assert every[-1].call.name == "lm_head" and every[-1].precision == "bf16"  # int8 in groups, beside floats
