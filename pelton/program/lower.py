@@ -67,7 +67,7 @@ def lower(graph: Graph, limits: Mapping[str, int], max_positions: int, activatio
 
 class _Lowering:
     def __init__(self, graph: Graph, max_positions: int, activations: DType) -> None:
-        self.users = graph.users
+        self.tables = {name for n in graph.nodes if n.op == "embedding" for name in _weights(n.inputs[1])}
         self.max_positions = max_positions
         self.activations = activations
         self.head = graph.outputs[0]  # the product that makes the logits, if there is one
@@ -154,8 +154,8 @@ class _Lowering:
 
     def _name(self, node: Node) -> str:
         """Its weight's module; without a weight, the op in the module of the operand that was computed last."""
-        if node.op == "linear" and any(u.op == "embedding" for u in self.users[node.inputs[1]]):
-            return "lm_head"  # tied: the weight has the table's name
+        if node.op == "linear" and self.tables.intersection(_weights(node.inputs[1])):
+            return "lm_head"  # tied: the weight has the table's name, perhaps in another type
         if node.op == "lora":
             return f"{self.names[node.inputs[0]][1]}.lora"
         if own := weight_module([name for x in node.inputs for name in _weights(x)]):
