@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ...graph import E4M3, I8, DType, GroupQuant
 from ...program import Call, ConstantRef, Program, View
 from .stored import PRODUCTS, device_types, shape_of
+from .triton.quantize import supports_groups
 
 #: Kernels that can quantize what they write: the index of that output.
 _PRODUCERS = {
@@ -98,7 +99,9 @@ def quantized_buffers(program: Program, of_weight: Mapping[int, Activations]) ->
         out = call.outputs[_PRODUCERS[call.kernel]]
         wanted = {_wanted(program, reader, view, out, of_weight) for reader, view in readers.get(out.buffer, ())}
         one = wanted.pop() if len(wanted) == 1 else None
-        if one is not None and out.buffer != program.hidden.buffer and not _by_heads(program, call, out):
+        if one is None or out.buffer == program.hidden.buffer or _by_heads(program, call, out):
+            continue
+        if supports_groups(out.cols, one.groups(out.cols)):
             found[out.buffer] = one
     return found
 

@@ -29,7 +29,7 @@ from .sampling import SamplingWords
 from .triton.cache import Cache
 from .triton.pointwise import fill_pending
 from .triton.sampling import sample
-from .tuning import Products, problems_of
+from .tuning import Products, problems_of, rows_up_to
 
 
 @dataclass(slots=True)
@@ -83,13 +83,13 @@ class CudaExecutor(BatchExecutor):
             self._tables = self._new_tables()
             self._caches: list[Cache] = []
             on = device.torch_device
-            self._products = Products(device, Scratch.of(problems_of(program, numerics), device))
+            products = Products(device, Scratch.of(problems_of(program, numerics), device))
             codes = CodeMemory(torch.empty(code_bytes(program, numerics), dtype=torch.uint8, device=on))
             lowering = Lowering(
-                program, numerics, constants, self._caches, self._tables, self._memory.workspace, self._products, codes
+                program, numerics, constants, self._caches, self._tables, self._memory.workspace, products, codes
             )
             self._launches = lowering.launches()
-            self._products.choose()
+            products.choose()
         rows = program.limits["L"]
         self._landing = [torch.zeros(rows, 2, dtype=torch.int32, pin_memory=device.is_cuda) for _ in range(2)]
         self._fetched_rows: dict[View, torch.Tensor] = {}  # where logits and hidden states land that the host wants
@@ -114,31 +114,38 @@ class CudaExecutor(BatchExecutor):
 
     def run_largest_step(self) -> None:
         """Take all memory that any step takes, and compile its kernels. The KV cache is lost."""
-        limits, longest = self.program.limits, self._kv_spec.max_model_len
-        lens = [longest] * min(limits["T"] // longest, limits["S"])
-        if len(lens) < limits["S"] and limits["T"] % longest:
-            lens.append(limits["T"] % longest)
-        tokens, size = sum(lens), self._kv_spec.block_size
+        limits = self.program.limits
         with self._device.active():
             self._new_caches(1)
-            tiles = self._memory.heads.tiles(lens, lens)
-            sizes = Sizes(tokens, len(lens), min(limits["N"], tokens), min(limits["L"], tokens), 0, len(tiles))
-            arrays = {
-                "seq_lens": np.array(lens, np.int32),
-                "query_start_loc": np.cumsum([0, *lens], dtype=np.int32),
-                "tiles": tiles,
-                "block_table": np.zeros((len(lens), -(-lens[0] // size)), np.int32),  # one block, again and again
-            }
-            self._memory.inputs.write(sizes, arrays)
-            frame = self._memory.frame(sizes)
-            self._forward(frame)
-            self._sample_on_device(frame)
+            # Products of fewer rows may have other kernels, which nobody should wait for in the middle of a request.
+            for tokens in reversed(rows_up_to(limits["T"]) if self._device.is_cuda else [limits["T"]]):
+                self._run_prompts(tokens)
             # Attention is compiled for each number of splits: a bucket of each is enough, recording runs them all.
             by_splits = {self._memory.frame(Sizes.decode(n)).num_splits: n for n in buckets_for(limits["S"])}
             for bucket in by_splits.values():
                 self._send_padding(bucket)
                 self._run_decode(bucket)
                 self._device.synchronize()
+
+    def _run_prompts(self, tokens: int) -> None:
+        """A step of so many tokens, in the longest sequences."""
+        limits, longest, size = self.program.limits, self._kv_spec.max_model_len, self._kv_spec.block_size
+        lens = [longest] * min(tokens // longest, limits["S"])
+        if len(lens) < limits["S"] and tokens % longest:
+            lens.append(tokens % longest)
+        tokens = sum(lens)
+        tiles = self._memory.heads.tiles(lens, lens)
+        sizes = Sizes(tokens, len(lens), min(limits["N"], tokens), min(limits["L"], tokens), 0, len(tiles))
+        arrays = {
+            "seq_lens": np.array(lens, np.int32),
+            "query_start_loc": np.cumsum([0, *lens], dtype=np.int32),
+            "tiles": tiles,
+            "block_table": np.zeros((len(lens), -(-lens[0] // size)), np.int32),  # one block, again and again
+        }
+        self._memory.inputs.write(sizes, arrays)
+        frame = self._memory.frame(sizes)
+        self._forward(frame)
+        self._sample_on_device(frame)
 
     def allocate(self, kv_spec: KVSpec) -> None:
         """Make the KV cache, and record decode steps on it."""

@@ -7,13 +7,14 @@ left out and said so; Triton serves everything, so that is never an error.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
 
-from ...graph import E4M3, F32, I8, DType, GroupQuant
+from ...graph import BF16, E4M3, F32, I8, DType, GroupQuant
 from ...graph.types import ElementType
 from .device import Device
 from .memory import TORCH_TYPES
@@ -28,12 +29,16 @@ Left: TypeAlias = "torch.Tensor | Codes"
 #: out [rows, n], left [rows, k], bias [n] or None: starts the product, allocates and waits for nothing.
 Run: TypeAlias = Callable[[torch.Tensor, Left, "torch.Tensor | None"], None]
 
+#: Names of providers that are not asked, with commas between them.
+EXCLUDE = "PELTON_CUDA_WITHOUT"
 #: What products that go through memory work on at a time: less than the L2 cache of an H100, so that it stays there.
 _PIECE_BYTES = 32 << 20
 #: Rows from which on weights that are expanded once are multiplied often enough.
-_EXPAND_ROWS = 65
+_EXPAND_ROWS = 33
 #: Rows up to which a product of floats is worth a try of our own.
 _FEW_ROWS = 16
+#: Rows up to which a library that compiles kernels by the number of rows is asked: those that steps are recorded for.
+_RECORDED_ROWS = 64
 #: Rows from which on tensor cores have too much to do to multiply FP8 as float16.
 _FP8_ROWS = 64
 _FP8_BLOCK = 128
@@ -75,14 +80,11 @@ class Scratch(NamedTuple):
 
 def scratch_sizes(problems: list[Problem], device: Device) -> tuple[int, int]:
     """Bytes of both parts of a :class:`Scratch`."""
-    partial = piece = 0
-    for p in problems:
-        for tile in _tiles(p, device):
-            partial = max(partial, 4 * workspace_size(p.rows, p.n, tile))
-        for provider in PROVIDERS:
-            if provider.serves(p):
-                piece = max(piece, provider.piece_bytes(p))
-    return partial, piece
+    sizes = [(0, 0)]
+    for problem in problems:
+        sizes += [provider.scratch(problem, device) for provider in _asked(problem, device)]
+    partial, piece = zip(*sizes, strict=True)
+    return max(partial), max(piece)
 
 
 class Candidate(NamedTuple):
@@ -96,7 +98,7 @@ class Candidate(NamedTuple):
 class Provider:
     """A row of the table. capability: the least, and where ``only`` is set no other. package: what must be installed.
 
-    piece_bytes: of ``Scratch.piece``.
+    scratch: bytes of both parts of a :class:`Scratch` that its candidates use.
     """
 
     name: str
@@ -106,10 +108,12 @@ class Provider:
     capability: tuple[int, int] = (8, 0)
     only: bool = False
     package: str | None = None
-    piece_bytes: Callable[[Problem], int] = lambda problem: 0
+    scratch: Callable[[Problem, Device], tuple[int, int]] = lambda problem, device: (0, 0)
 
     def missing(self, device: Device) -> str | None:
         """Why it cannot be asked here; None if it can."""
+        if self.name in os.environ.get(EXCLUDE, "").split(","):
+            return f"{EXCLUDE} says so"
         if self.package is not None and importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
         have, need = device.capability, self.capability
@@ -118,14 +122,13 @@ class Provider:
         return None
 
 
+def _asked(problem: Problem, device: Device) -> list[Provider]:
+    return [p for p in PROVIDERS if p.serves(problem) and p.missing(device) is None]
+
+
 def candidates(problem: Problem, device: Device, scratch: Scratch) -> list[Candidate]:
     """All that can be asked, the one to take without a measurement first."""
-    return [
-        candidate
-        for provider in PROVIDERS
-        if provider.serves(problem) and provider.missing(device) is None
-        for candidate in provider.candidates(problem, device, scratch)
-    ]
+    return [c for provider in _asked(problem, device) for c in provider.candidates(problem, device, scratch)]
 
 
 # ------------------------------------------------------------------ cuBLAS
@@ -144,8 +147,7 @@ def mm(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
         torch.mm(x, weight.t(), out_dtype=torch.float32, out=out)
     else:  # a host has no such product; nor is there one that rounds float32
         out.copy_(x.float() @ weight.float().t())
-    if bias is not None:
-        out.add_(bias)
+    _add(out, bias)
 
 
 def _dense(problem: Problem, device: Device, scratch: Scratch) -> list[Candidate]:
@@ -227,8 +229,7 @@ def _fp8_rows_lt(problem: Problem, device: Device, scratch: Scratch) -> list[Can
                 x.codes, codes, scale_a=x.scales[0].unsqueeze(1), scale_b=weight.scale, out_dtype=out.dtype, out=out,
                 use_fast_accum=False,
             )  # fmt: skip
-            if bias is not None:
-                out.add_(bias)
+            _add(out, bias)
 
         return run
 
@@ -247,7 +248,8 @@ def _block_scales(weight: PackedWeight) -> torch.Tensor | None:
 
 
 def _fp8_blocks_lt(problem: Problem, device: Device, scratch: Scratch) -> list[Candidate]:
-    fallback = _triton(problem, device, scratch)[0]
+    ours = _fp8_triton if problem.rows >= _FP8_ROWS else _triton
+    fallback = ours(problem, device, scratch)[0]
 
     def bind(weight: Held) -> Run | None:
         assert isinstance(weight, PackedWeight)
@@ -264,8 +266,7 @@ def _fp8_blocks_lt(problem: Problem, device: Device, scratch: Scratch) -> list[C
                 x.codes, codes, scale_a=x.scales.t(), scale_b=scales.t(), out_dtype=out.dtype, out=out,
                 use_fast_accum=False,
             )  # fmt: skip
-            if bias is not None:
-                out.add_(bias)
+            _add(out, bias)
 
         return run
 
@@ -320,8 +321,10 @@ def _flashinfer_blocks(problem: Problem, device: Device, scratch: Scratch) -> li
     """DeepGEMM's kernels for blocks of 128, in ``fp8_blockscale_gemm_sm90``."""
 
     def bind(weight: Held) -> Run | None:
-        from flashinfer.gemm import fp8_blockscale_gemm_sm90  # type: ignore[import-not-found]
-
+        try:
+            from flashinfer.gemm import fp8_blockscale_gemm_sm90  # type: ignore[import-not-found]
+        except ImportError:  # another version, or one that does not load
+            return None
         assert isinstance(weight, PackedWeight)
         codes, scales = weight.codes, _block_scales(weight)
         if scales is None:
@@ -331,12 +334,16 @@ def _flashinfer_blocks(problem: Problem, device: Device, scratch: Scratch) -> li
         def run(out: torch.Tensor, x: Left, bias: torch.Tensor | None) -> None:
             assert isinstance(x, Codes)
             fp8_blockscale_gemm_sm90(x.codes, codes, x.scales, scales, out=out)
-            if bias is not None:
-                out.add_(bias)
+            _add(out, bias)
 
         return run
 
     return [Candidate("FlashInfer", bind)]
+
+
+def _add(out: torch.Tensor, bias: torch.Tensor | None) -> None:
+    if bias is not None:
+        out.add_(bias)
 
 
 def _floats(x: Left) -> torch.Tensor:
@@ -361,7 +368,7 @@ def _is_fp8(problem: Problem) -> bool:
 def _is_fp8_blocks(problem: Problem) -> bool:
     weight = problem.weight
     blocks = isinstance(weight, GroupQuant) and weight.group_size == _FP8_BLOCK and weight.scale == F32
-    return problem.left == E4M3 and blocks and problem.n % _FP8_BLOCK == 0 and problem.k % _FP8_BLOCK == 0
+    return _is_fp8(problem) and blocks and problem.n % _FP8_BLOCK == 0 and problem.k % _FP8_BLOCK == 0
 
 
 #: In the order of trust: of candidates that nobody has timed, the first is taken.
@@ -372,6 +379,7 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider(
         "Triton", "all types; floats x floats of few rows",
         lambda p: isinstance(p.weight, GroupQuant) or (p.rows <= _FEW_ROWS and p.left == p.weight), _triton,
+        scratch=lambda p, device: (max(4 * workspace_size(p.rows, p.n, tile) for tile in _tiles(p, device)), 0),
     ),
     Provider(
         "Triton FP8", "FP8 x FP8 of many rows", lambda p: _is_fp8(p) and p.rows >= _FP8_ROWS, _fp8_triton,
@@ -380,22 +388,26 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider(
         "cuBLAS, expanded", "floats x codes of many rows: weights become floats, 32 MiB at a time",
         lambda p: isinstance(p.weight, GroupQuant) and not _is_codes(p) and p.rows >= _EXPAND_ROWS, _expanded,
-        piece_bytes=_expanded_bytes,
+        scratch=lambda p, device: (0, _expanded_bytes(p)),
     ),
     Provider(
         "cuBLASLt", "int8 x int8, one scale per row and per token",
         lambda p: p.left == I8 and p.is_row_scaled and p.weight == GroupQuant(8, 0)
         and p.rows > 16 and p.n % 8 == 0 and p.k % 8 == 0,
-        _int8_lt, piece_bytes=lambda p: 4 * p.rows * _int_rows(p),
+        _int8_lt, scratch=lambda p, device: (0, 4 * p.rows * _int_rows(p)),
     ),
     Provider(
         "cuBLASLt", "FP8 x FP8, one scale per row and per token",
         lambda p: p.left == E4M3 and p.is_row_scaled and p.n % 16 == 0 and p.k % 16 == 0,
         _fp8_rows_lt, capability=(9, 0),
     ),
-    Provider("cuBLASLt", "FP8 x FP8, blocks of 128", _is_fp8_blocks, _fp8_blocks_lt, capability=(9, 0), only=True),
     Provider(
-        "FlashInfer", "FP8 x FP8, blocks of 128", lambda p: _is_fp8_blocks(p) and p.out != F32, _flashinfer_blocks,
+        "cuBLASLt", "FP8 x FP8, blocks of 128", lambda p: _is_fp8_blocks(p) and p.rows > _FEW_ROWS, _fp8_blocks_lt,
+        capability=(9, 0), only=True,
+    ),
+    Provider(
+        "FlashInfer", "FP8 x FP8, blocks of 128, few rows",
+        lambda p: _is_fp8_blocks(p) and p.out == BF16 and p.rows <= _RECORDED_ROWS, _flashinfer_blocks,
         capability=(9, 0), only=True, package="flashinfer",
     ),
 )  # fmt: skip

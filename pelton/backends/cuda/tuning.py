@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
+import os
 import warnings
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 
+from ...errors import PeltonError
 from ...graph import E4M3, I8, GroupQuant
 from ...graph.types import ElementType
 from ...paths import cache_dir
 from ...program import ConstantRef, Program, View
-from . import providers
 from .activations import Activations, Numerics
 from .device import Device
 from .memory import TORCH_TYPES, CodeMemory
-from .providers import Candidate, Left, Problem, Run, Scratch, candidates
+from .providers import EXCLUDE, PROVIDERS, Candidate, Left, Problem, Run, Scratch, candidates
 from .stored import PRODUCTS, device_types, shape_of
-from .triton import fp8_products, products
+from .triton.quantize import Codes
 from .weights import Held
 
 #: Products of up to so many rows share a choice.
@@ -65,7 +69,7 @@ def problems_of(program: Program, numerics: Numerics) -> list[Problem]:
 
 
 def _by_rows(most: Problem) -> list[Problem]:
-    return [Problem(rows, most.n, most.k, most.left, most.weight, most.out) for rows in rows_up_to(most.rows)]
+    return [replace(most, rows=rows) for rows in rows_up_to(most.rows)]
 
 
 class Product:
@@ -107,8 +111,6 @@ class Products:
         for problem, weight in samples.items():
             found = candidates(problem, self._device, self._scratch)
             by_problem[problem] = found if tuner is None else tuner.ordered(problem, found, weight)
-        if tuner is not None:
-            tuner.keep()
         for product in self._products:
             product.choose([_bound(by_problem[problem], product.weight) for problem in product.problems])
 
@@ -124,74 +126,115 @@ class Tuner:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._kept = kept_choices(device)
-        self._new: dict[str, Any] = {}
+        self._told = False
 
     def ordered(self, problem: Problem, found: list[Candidate], weight: Held) -> list[Candidate]:
         """The fastest first. weight: any of the problem's."""
         if len(found) == 1:
             return found
         key = str(problem)
-        if key not in self._kept and key not in self._new:
-            if not self._new:
+        if key not in self._kept:
+            if not self._told:
+                self._told = True
                 warnings.warn(
                     f"finding the fastest kernels for {self._device.name}: once, it may take a minute", stacklevel=2
                 )
-            self._new[key] = self._measured(problem, found, weight)
-        choice = (self._kept.get(key) or self._new[key])["choice"]
-        return sorted(found, key=lambda candidate: candidate.name != choice)
+            measured = self._measured(problem, found, weight)
+            if measured is None:  # nothing to compare: some weights are not finite
+                return found
+            self._kept[key] = measured
+            self._keep()
+        return sorted(found, key=lambda candidate: candidate.name != self._kept[key]["choice"])
 
-    def keep(self) -> None:
-        if not self._new:
-            return
-        path, key = _path(), device_key(self._device)
-        kept = _read(path)
-        kept[key] = {**kept.get(key, {}), **self._new}
+    def _keep(self) -> None:
+        path = _path()
+        kept = _read(path) | {device_key(self._device): self._kept}
         with contextlib.suppress(OSError):  # only a shortcut: without it the next start measures again
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(kept, indent=1))
+            written = path.with_suffix(f".{os.getpid()}")
+            written.write_text(json.dumps(kept, indent=1))
+            written.replace(path)
 
     @cached_property
     def _flushed(self) -> torch.Tensor:
         size = _FLUSHED_BYTES if self._device.is_cuda else 1
         return torch.zeros(size, dtype=torch.uint8, device=self._device.torch_device)
 
-    def _measured(self, problem: Problem, found: list[Candidate], weight: Held) -> dict[str, Any]:
-        """choice, seconds by candidate, and why others were left out."""
-        x = _left_side(problem, self._device.torch_device)
-        out = torch.empty(problem.rows, problem.n, dtype=TORCH_TYPES[problem.out], device=self._device.torch_device)
+    def _measured(self, problem: Problem, found: list[Candidate], weight: Held) -> dict[str, Any] | None:
+        """choice, seconds by candidate, and why others were left out; None if results are not finite."""
+        on, dtype = self._device.torch_device, TORCH_TYPES[problem.out]
+        x = _left_side(problem, on)
+        out = torch.empty(problem.rows, problem.n, dtype=dtype, device=on)
+        bias = torch.randn(problem.n, device=on).to(dtype)
+        # An odd number of rows, and what is added, are checked, too.
+        tries = [
+            (out[:rows], _some(x, rows), b) for rows, b in ((problem.rows, None), (problem.rows - 1, bias)) if rows
+        ]
+        wanted: list[torch.Tensor] = []
         seconds: dict[str, float] = {}
         failed: dict[str, str] = {}
-        want: torch.Tensor | None = None
         for candidate in found:
             try:  # libraries refuse sizes and types by exceptions of many kinds
                 run = candidate.bind(weight)
                 if run is None:
                     failed[candidate.name] = "does not suit the weight"
                     continue
-                run(out.fill_(float("nan")), x, None)
-                self._device.synchronize()
-                if want is None:
-                    want = out.float().clone()
-                worst = float((out.float() - want).abs().max() / want.abs().max())
-                if not worst <= _TOLERANCE:
-                    failed[candidate.name] = f"differs from {found[0].name} by {worst:.3g} of the largest result"
+                differences = []
+                for index, (to, left, added) in enumerate(tries):
+                    run(to.fill_(float("nan")), left, added)
+                    self._device.synchronize()
+                    if len(wanted) == index:
+                        wanted.append(to.clone())
+                        if not bool(to.isfinite().all()):
+                            return None
+                    differences.append(_difference(to, wanted[index]))
+                if not all(difference <= _TOLERANCE for difference in differences):  # one may be NaN
+                    failed[candidate.name] = (
+                        f"differs from {found[0].name} by {np.max(differences):.3g} of the largest result"
+                    )
                     continue
                 seconds[candidate.name] = min(self._times(run, out, x))
             except Exception as error:
                 failed[candidate.name] = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+                self._require_device(candidate)
         if not seconds:
-            raise RuntimeError(f"nothing computes {problem}: {failed}")
+            raise PeltonError(f"nothing on this GPU computes {problem}: {failed}", "choose another quantization")
         return {"choice": min(seconds, key=lambda name: seconds[name]), "seconds": seconds, "failed": failed}
+
+    def _require_device(self, candidate: Candidate) -> None:
+        """Raises PeltonError if a candidate has left the device unusable for this process."""
+        try:
+            self._device.synchronize()
+        except RuntimeError as error:
+            name = candidate.name.split(" ")[0].rstrip(",")
+            raise PeltonError(
+                f"{candidate.name} broke the GPU's context ({str(error).splitlines()[0]})",
+                f"leave it out: {EXCLUDE}={name}",
+            ) from error
 
     def _times(self, run: Run, out: torch.Tensor, x: Left) -> Iterator[float]:
         for _ in range(_TRIES):
             self._flushed.zero_()
-            self._device.hold(2e-4)  # until the host has started it
+            self._device.hold(1e-3)  # until the host has started it
             begin = self._device.mark()
             run(out, x, None)
             end = self._device.mark()
             end.wait()
             yield end.seconds_since(begin)
+
+
+def _difference(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The largest, as a share of the largest wanted; NaN if one is NaN. Some rows at a time: they may be many."""
+    largest = max((float(part.float().abs().max()) for part in want.split(256)), default=0.0)
+    differences = [
+        float((some.float() - part.float()).abs().max())
+        for some, part in zip(got.split(256), want.split(256), strict=True)
+    ]
+    return 0.0 if not any(differences) else float(np.max(differences)) / largest if largest else float("inf")
+
+
+def _some(x: Left, rows: int) -> Left:
+    return x[:rows] if isinstance(x, torch.Tensor) else Codes(x.codes[:rows], x.scales[:, :rows])
 
 
 def _left_side(problem: Problem, device: torch.device) -> Left:
@@ -204,7 +247,7 @@ def _left_side(problem: Problem, device: torch.device) -> Left:
     size = CodeMemory.size(wanted, problem.rows, problem.k)
     codes = CodeMemory(torch.empty(size, dtype=torch.uint8, device=device)).of(wanted, problem.rows, problem.k)
     codes.codes.copy_((32 * x).clamp(-127, 127))
-    codes.scales.fill_(1 / 32)
+    codes.scales.copy_((torch.rand(codes.scales.shape, generator=generator, device=device) + 0.5) / 32)
     return codes
 
 
@@ -215,10 +258,19 @@ def kept_choices(device: Device) -> dict[str, Any]:
 
 
 def device_key(device: Device) -> str:
-    """What choices hold for: the device, the libraries, and our own kernels as they are now."""
-    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in (products, fp8_products, providers))
-    code = hashlib.sha256(sources).hexdigest()[:12]
-    return f"{device.name}:cuda{torch.version.cuda}:torch{torch.__version__}:triton{triton.__version__}:{code}"
+    """What choices hold for: the device, the libraries, and our own code as it is now."""
+    code = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        code.update(file.read_bytes())
+    there = [f"{p.package}{_version(p.package)}" for p in PROVIDERS if p.package is not None and not p.missing(device)]
+    left_out = os.environ.get(EXCLUDE, "")
+    libraries = (f"cuda{torch.version.cuda}", f"torch{torch.__version__}", f"triton{triton.__version__}", *there)
+    return ":".join((device.name, *libraries, code.hexdigest()[:12], *([f"without {left_out}"] if left_out else [])))
+
+
+def _version(package: str) -> str:
+    names = importlib.metadata.packages_distributions().get(package, [])
+    return importlib.metadata.version(names[0]) if names else ""
 
 
 def _path() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ import torch
 from pelton.backends.cuda import packing, providers, tuning
 from pelton.backends.cuda.device import Device
 from pelton.backends.cuda.packing import PackedWeight
-from pelton.backends.cuda.providers import Candidate, Problem, Run, Scratch, candidates
+from pelton.backends.cuda.providers import Candidate, Problem, Scratch, candidates
 from pelton.backends.cuda.tuning import Products, Tuner, kept_choices, rows_up_to
 from pelton.backends.cuda.weights import Held
+from pelton.errors import PeltonError
 from pelton.graph import BF16, E4M3, F32, I8, DType, GroupQuant
 from pelton.graph.types import ElementType
 from pelton.quantize import quantize, weight_type
@@ -101,7 +103,7 @@ def test_block_scales_go_through_cublaslt_if_they_are_blocks() -> None:
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(DEVICE)
     said = {(p.name, p.what): p.missing(device) for p in providers.PROVIDERS}
-    assert said["FlashInfer", "FP8 x FP8, blocks of 128"] == "flashinfer is not installed"
+    assert said["FlashInfer", "FP8 x FP8, blocks of 128, few rows"] == "flashinfer is not installed"
     monkeypatch.setattr(Device, "capability", (8, 6))
     said = {(p.name, p.what): p.missing(device) for p in providers.PROVIDERS}
     assert said["Triton FP8", "FP8 x FP8 of many rows"] == "needs compute capability 8.9 or newer"
@@ -109,44 +111,101 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said["cuBLASLt", "FP8 x FP8, blocks of 128"] == "needs compute capability 9.0"
     assert said["Triton", "all types; floats x floats of few rows"] is None
     assert not device.has_fp8_products
+    monkeypatch.setenv("PELTON_CUDA_WITHOUT", "cuBLASLt,FlashInfer")
+    before = tuning.device_key(device)
+    assert {p.missing(device) for p in providers.PROVIDERS if p.name in ("cuBLASLt", "FlashInfer")} == {
+        "PELTON_CUDA_WITHOUT says so"
+    }
+    monkeypatch.delenv("PELTON_CUDA_WITHOUT")
+    assert tuning.device_key(device) != before  # what was measured without them is not all there is
+
+
+class Fakes:
+    """Candidates for x @ 1 + bias that take a second, or so many."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runs: list[str] = []
+        self._clock = 0.0
+        monkeypatch.setattr(Device, "mark", lambda device: _Moment(self._clock))
+
+    def __call__(self, name: str, compute: Callable[[Any, Any], Any], seconds: float = 1.0) -> Candidate:
+        def run(out: torch.Tensor, x: Any, bias: Any) -> None:
+            self.runs.append(name)
+            out.copy_(compute(x, 0 if bias is None else bias))
+            self._clock += seconds
+
+        return Candidate(name, lambda weight: run)
+
+
+def failing(text: str) -> Callable[[Any, Any], Any]:
+    def compute(x: Any, bias: Any) -> Any:
+        raise RuntimeError(text)
+
+    return compute
 
 
 def test_choices_are_measured_once_and_kept(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PELTON_CACHE", str(tmp_path))
-    problem, device = Problem(4, 32, 32, F32, F32, F32), Device(DEVICE)
-    runs: list[str] = []
-
-    def candidate(name: str, factor: float, seconds: float, error: str | None = None) -> Candidate:
-        def bind(weight: Held) -> Run:
-            def run(out: torch.Tensor, x: Any, bias: Any) -> None:
-                runs.append(name)
-                if error is not None:
-                    raise RuntimeError(error)
-                out.copy_(factor * x)
-                clock[0] += seconds
-
-            return run
-
-        return Candidate(name, bind)
-
-    clock = [0.0]
-    monkeypatch.setattr(Device, "mark", lambda self: _Moment(clock[0]))
+    problem, device, fake = Problem(4, 32, 32, F32, F32, F32), Device(DEVICE), Fakes(monkeypatch)
     found = [
-        candidate("slow", 1.0, 2.0), candidate("wrong", 1.1, 0.1), candidate("fast", 1.001, 1.0),
-        candidate("broken", 1.0, 0.0, "no such size\nand more"), Candidate("picky", lambda weight: None),
+        fake("slow", lambda x, b: x + b, 2.0), fake("wrong", lambda x, b: 1.1 * (x + b), 0.1),
+        fake("fast", lambda x, b: 1.001 * (x + b)), fake("no bias", lambda x, b: x, 0.1),
+        fake("broken", failing("no such size\nand more")), Candidate("picky", lambda weight: None),
+        fake("nothing", lambda x, b: x * float("nan"), 0.1),
     ]  # fmt: skip
-    tuner = Tuner(device)
     with pytest.warns(UserWarning, match="finding the fastest kernels"):
-        assert tuner.ordered(problem, found, torch.zeros(()))[0].name == "fast"
-    tuner.keep()
+        assert Tuner(device).ordered(problem, found, torch.zeros(()))[0].name == "fast"
     kept = kept_choices(device)[str(problem)]
     assert kept["choice"] == "fast" and kept["seconds"] == {"slow": 2.0, "fast": 1.0}
     assert kept["failed"]["broken"] == "no such size" and kept["failed"]["picky"] == "does not suit the weight"
     assert re.match(r"differs from slow by 0\.1", kept["failed"]["wrong"])
-    runs.clear()
-    assert Tuner(device).ordered(problem, found, torch.zeros(()))[0].name == "fast" and not runs
+    assert {"no bias", "nothing"} < set(kept["failed"])
+    fake.runs.clear()
+    assert Tuner(device).ordered(problem, found, torch.zeros(()))[0].name == "fast" and not fake.runs
     (tmp_path / "products.json").write_text(json.dumps({tuning.device_key(device): [1]}))
     assert kept_choices(device) == {}  # damaged: measured again
+
+
+@pytest.mark.filterwarnings("ignore:finding the fastest")
+def test_a_candidate_that_mixes_scales_up_is_left_out(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PELTON_CACHE", str(tmp_path))
+    problem, fake = Problem(8, 64, 64, I8, GroupQuant(8, 32), F32), Fakes(monkeypatch)
+
+    def scaled(scales: Any) -> Callable[[Any, Any], Any]:
+        return lambda x, b: (x.codes.float().view(-1, 2, 32) * scales(x.scales).t()[:, :, None]).view(-1, 64) + b
+
+    found = [
+        fake("right", scaled(lambda s: s)), fake("by group", scaled(lambda s: s.flip(0)), 0.1),
+        fake("by row", scaled(lambda s: s.flip(1)), 0.1),
+    ]  # fmt: skip
+    assert Tuner(Device(DEVICE)).ordered(problem, found, torch.zeros(()))[0].name == "right"
+
+
+@pytest.mark.filterwarnings("ignore:finding the fastest")
+def test_what_cannot_be_measured(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PELTON_CACHE", str(tmp_path))
+    problem, device, fake = Problem(4, 32, 32, F32, F32, F32), Device(DEVICE), Fakes(monkeypatch)
+    one = fake("one", lambda x, b: x + b)
+    # Weights that are not finite tell nothing about candidates, and nothing is kept; zeros tell that they are zeros.
+    nothing = [fake("nan", lambda x, b: x * float("nan")), one]
+    assert Tuner(device).ordered(problem, nothing, torch.zeros(())) == nothing and not kept_choices(device)
+    zeros = [fake("zeros", lambda x, b: 0 * x), fake("faster", lambda x, b: 0 * x, 0.5), one]
+    assert Tuner(device).ordered(problem, zeros, torch.zeros(()))[0].name == "faster"
+    other = Problem(5, 32, 32, F32, F32, F32)
+    failed = [fake("a", failing("no")), fake("cuBLASLt, x", failing("never"))]
+    with pytest.raises(PeltonError, match=r"nothing on this GPU computes .*'a': 'no'.*; choose another quantization"):
+        Tuner(device).ordered(other, failed, torch.zeros(()))
+    broken = iter([None, RuntimeError("illegal memory access\nand more")])
+
+    def synchronize(device: Device) -> None:
+        if (error := next(broken)) is not None:
+            raise error
+
+    monkeypatch.setattr(Device, "synchronize", synchronize)
+    with pytest.raises(
+        PeltonError, match=r"context \(illegal memory access\); leave it out: PELTON_CUDA_WITHOUT=cuBLASLt"
+    ):
+        Tuner(device).ordered(other, failed, torch.zeros(()))
 
 
 class _Moment:
