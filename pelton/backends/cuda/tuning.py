@@ -29,14 +29,17 @@ from .device import Device
 from .memory import TORCH_TYPES, CodeMemory
 from .providers import EXCLUDE, PROVIDERS, Candidate, Left, Problem, Run, Scratch, candidates
 from .stored import PRODUCTS, device_types, shape_of
+from .triton.products import dequantize_rows
 from .triton.quantize import Codes
 from .weights import Held
 
 #: Products of up to so many rows share a choice.
 ROWS = (1, 16, 64, 256, 1024, 4096)
-#: Of what candidates compute beside the first: weights may be rounded to 8 bits, and sums run in another order.
+#: Of the largest result: weights may be rounded to 8 bits, results are, and sums run in another order.
 _TOLERANCE = 2.0**-6
 _TRIES = 5
+#: Rows of a weight that are expanded at a time, for what candidates are compared with.
+_PIECE_ROWS = 4096
 #: More than any L2 cache holds: a layer's weights come from memory, not from the try before.
 _FLUSHED_BYTES = 256 << 20
 
@@ -166,11 +169,10 @@ class Tuner:
         x = _left_side(problem, on)
         out = torch.empty(problem.rows, problem.n, dtype=dtype, device=on)
         bias = torch.randn(problem.n, device=on).to(dtype)
-        # An odd number of rows, and what is added, are checked, too.
-        tries = [
-            (out[:rows], _some(x, rows), b) for rows, b in ((problem.rows, None), (problem.rows - 1, bias)) if rows
-        ]
-        wanted: list[torch.Tensor] = []
+        want = _expected(x, weight, problem.n)
+        if not bool(want.isfinite().all()):
+            return None
+        largest = max(float(part.abs().max()) for part in want.split(256)) or 1.0
         seconds: dict[str, float] = {}
         failed: dict[str, str] = {}
         for candidate in found:
@@ -179,19 +181,15 @@ class Tuner:
                 if run is None:
                     failed[candidate.name] = "does not suit the weight"
                     continue
-                differences = []
-                for index, (to, left, added) in enumerate(tries):
-                    run(to.fill_(float("nan")), left, added)
+                worst = 0.0
+                # An odd number of rows, and what is added, are checked, too.
+                for rows, added in ((problem.rows, None), (max(1, problem.rows - 1), bias)):
+                    run(out[:rows].fill_(float("nan")), _some(x, rows), added)
                     self._device.synchronize()
-                    if len(wanted) == index:
-                        wanted.append(to.clone())
-                        if not bool(to.isfinite().all()):
-                            return None
-                    differences.append(_difference(to, wanted[index]))
-                if not all(difference <= _TOLERANCE for difference in differences):  # one may be NaN
-                    failed[candidate.name] = (
-                        f"differs from {found[0].name} by {np.max(differences):.3g} of the largest result"
-                    )
+                    difference = _difference(out[:rows], want[:rows], added)
+                    worst = difference if not difference <= worst else worst  # NaN is the worst
+                if not worst <= _TOLERANCE * largest:
+                    failed[candidate.name] = f"is wrong by {worst / largest:.3g} of the largest result"
                     continue
                 seconds[candidate.name] = min(self._times(run, out, x))
             except Exception as error:
@@ -223,14 +221,29 @@ class Tuner:
             yield end.seconds_since(begin)
 
 
-def _difference(got: torch.Tensor, want: torch.Tensor) -> float:
-    """The largest, as a share of the largest wanted; NaN if one is NaN. Some rows at a time: they may be many."""
-    largest = max((float(part.float().abs().max()) for part in want.split(256)), default=0.0)
-    differences = [
-        float((some.float() - part.float()).abs().max())
-        for some, part in zip(got.split(256), want.split(256), strict=True)
-    ]
-    return 0.0 if not any(differences) else float(np.max(differences)) / largest if largest else float("inf")
+def _expected(x: Left, weight: Held, n: int) -> torch.Tensor:
+    """x @ weight.T in float32, by torch, whatever either side is stored in. [rows, n]"""
+    if isinstance(x, Codes):
+        groups = x.scales.shape[0]
+        floats = (x.codes.float().unflatten(1, (groups, -1)) * x.scales.t()[:, :, None]).flatten(1)
+    else:
+        floats = x.float()
+    if isinstance(weight, torch.Tensor):
+        return floats @ weight.float().t()
+    want = torch.empty(len(floats), n, device=floats.device)
+    for first in range(0, n, _PIECE_ROWS):
+        part = want[:, first : first + _PIECE_ROWS]
+        rows = torch.empty(part.shape[1], floats.shape[1], device=floats.device)
+        dequantize_rows(rows, weight, None, first)
+        torch.mm(floats, rows.t(), out=part)
+    return want
+
+
+def _difference(got: torch.Tensor, want: torch.Tensor, bias: torch.Tensor | None) -> float:
+    """The largest of got - (want + bias); NaN if one is NaN. Some rows at a time: they may be many."""
+    added = 0 if bias is None else bias.float()
+    parts = zip(got.split(256), want.split(256), strict=True)
+    return float(np.max([float((some.float() - (part + added)).abs().max()) for some, part in parts]))
 
 
 def _some(x: Left, rows: int) -> Left:

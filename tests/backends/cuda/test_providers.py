@@ -154,14 +154,14 @@ def test_choices_are_measured_once_and_kept(tmp_path: Any, monkeypatch: pytest.M
         fake("nothing", lambda x, b: x * float("nan"), 0.1),
     ]  # fmt: skip
     with pytest.warns(UserWarning, match="finding the fastest kernels"):
-        assert Tuner(device).ordered(problem, found, torch.zeros(()))[0].name == "fast"
+        assert Tuner(device).ordered(problem, found, torch.eye(32, device=DEVICE))[0].name == "fast"
     kept = kept_choices(device)[str(problem)]
     assert kept["choice"] == "fast" and kept["seconds"] == {"slow": 2.0, "fast": 1.0}
     assert kept["failed"]["broken"] == "no such size" and kept["failed"]["picky"] == "does not suit the weight"
-    assert re.match(r"differs from slow by 0\.1", kept["failed"]["wrong"])
+    assert re.match(r"is wrong by 0\.", kept["failed"]["wrong"])
     assert {"no bias", "nothing"} < set(kept["failed"])
     fake.runs.clear()
-    assert Tuner(device).ordered(problem, found, torch.zeros(()))[0].name == "fast" and not fake.runs
+    assert Tuner(device).ordered(problem, found, torch.eye(32, device=DEVICE))[0].name == "fast" and not fake.runs
     (tmp_path / "products.json").write_text(json.dumps({tuning.device_key(device): [1]}))
     assert kept_choices(device) == {}  # damaged: measured again
 
@@ -178,34 +178,33 @@ def test_a_candidate_that_mixes_scales_up_is_left_out(tmp_path: Any, monkeypatch
         fake("right", scaled(lambda s: s)), fake("by group", scaled(lambda s: s.flip(0)), 0.1),
         fake("by row", scaled(lambda s: s.flip(1)), 0.1),
     ]  # fmt: skip
-    assert Tuner(Device(DEVICE)).ordered(problem, found, torch.zeros(()))[0].name == "right"
+    assert Tuner(Device(DEVICE)).ordered(problem, found, torch.eye(64, device=DEVICE))[0].name == "right"
 
 
 @pytest.mark.filterwarnings("ignore:finding the fastest")
 def test_what_cannot_be_measured(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PELTON_CACHE", str(tmp_path))
     problem, device, fake = Problem(4, 32, 32, F32, F32, F32), Device(DEVICE), Fakes(monkeypatch)
-    one = fake("one", lambda x, b: x + b)
-    # Weights that are not finite tell nothing about candidates, and nothing is kept; zeros tell that they are zeros.
-    nothing = [fake("nan", lambda x, b: x * float("nan")), one]
-    assert Tuner(device).ordered(problem, nothing, torch.zeros(())) == nothing and not kept_choices(device)
-    zeros = [fake("zeros", lambda x, b: 0 * x), fake("faster", lambda x, b: 0 * x, 0.5), one]
-    assert Tuner(device).ordered(problem, zeros, torch.zeros(()))[0].name == "faster"
+    found = [fake("slower", lambda x, b: 0 * x + b, 2.0), fake("faster", lambda x, b: 0 * x + b)]
+    # Weights that are not finite tell nothing about candidates, and nothing is kept; zeros do.
+    broken = torch.full((32, 32), float("nan"), device=DEVICE)
+    assert Tuner(device).ordered(problem, found, broken) == found and not kept_choices(device)
+    assert Tuner(device).ordered(problem, found, torch.zeros(32, 32, device=DEVICE))[0].name == "faster"
     other = Problem(5, 32, 32, F32, F32, F32)
     failed = [fake("a", failing("no")), fake("cuBLASLt, x", failing("never"))]
     with pytest.raises(PeltonError, match=r"nothing on this GPU computes .*'a': 'no'.*; choose another quantization"):
-        Tuner(device).ordered(other, failed, torch.zeros(()))
-    broken = iter([None, RuntimeError("illegal memory access\nand more")])
+        Tuner(device).ordered(other, failed, torch.eye(32, device=DEVICE))
+    errors = iter([RuntimeError("illegal memory access\nand more")])
 
     def synchronize(device: Device) -> None:
-        if (error := next(broken)) is not None:
+        if error := next(errors):
             raise error
 
     monkeypatch.setattr(Device, "synchronize", synchronize)
     with pytest.raises(
         PeltonError, match=r"context \(illegal memory access\); leave it out: PELTON_CUDA_WITHOUT=cuBLASLt"
     ):
-        Tuner(device).ordered(other, failed, torch.zeros(()))
+        Tuner(device).ordered(other, failed[::-1], torch.eye(32, device=DEVICE))
 
 
 class _Moment:
