@@ -31,12 +31,16 @@ def answers(folder: Any, **options: Any) -> list[list[int]]:
         return [list(o.outputs[0].token_ids) for o in llm.generate(PROMPTS, PARAMS)]
 
 
-@pytest.mark.parametrize("stored", ["auto", "int8", "fp8"])
-def test_tokens_are_those_of_the_cpu(stored: Any) -> None:
+@pytest.mark.filterwarnings("ignore:rows of 48|rows of 80")
+@pytest.mark.parametrize(
+    ("cache", "quantization"), [("f32", None), ("int8", None), ("fp8", None), ("f32", "int4"), ("int8", "fp8")]
+)
+def test_tokens_are_those_of_the_cpu(cache: str, quantization: str | None) -> None:
     folder, _ = tiny_checkpoint("llama", layers=1)
-    got = answers(folder, device="cuda", kv_cache_dtype=stored)
+    options = {"kv_cache_dtype": cache, "quantization": quantization, "activations": "float", "dtype": "f32"}
+    got = answers(folder, device="cuda", **options)
     # In float32, as here: faster tiers round to bf16 beside codes, and other tokens may be drawn.
-    assert got == answers(folder, device="cpu", isa="generic", packed_cache=False, kv_cache_dtype=stored)
+    assert got == answers(folder, device="cpu", isa="generic", packed_cache=False, **options)
 
 
 def test_a_llm_knows_its_peaks_and_what_it_used() -> None:
