@@ -20,9 +20,7 @@ import triton.language as tl
 
 from ....graph.types import E4M3, E8M0, GroupQuant
 from ..packing import PART, PackedWeight, chunk, is_signed, plane_bits
-from .common import FUSED, INTERPRETED, dot, from_e2m1, from_e4m3, next_power_of_2
-
-_UPCAST: tl.constexpr = tl.constexpr(INTERPRETED)
+from .common import FUSED, INTERPRETED_CONSTEXPR, dot, from_e2m1, from_e4m3, next_power_of_2
 
 
 class ProductTile(NamedTuple):
@@ -38,7 +36,7 @@ class ProductTile(NamedTuple):
 @triton.jit
 def _difference(a, b):
     """a - b of 16-bit floats where that is exact."""
-    if _UPCAST:  # the interpreter takes bfloat16 for integers
+    if INTERPRETED_CONSTEXPR:  # the interpreter takes bfloat16 for integers
         return (a.to(tl.float32) - b.to(tl.float32)).to(a.dtype)
     return a - b
 
@@ -48,7 +46,7 @@ def _field(units, MOVE: tl.constexpr, MASK: tl.constexpr):
     """Bits of units (int16), moved to the right, or left if negative, and masked. MASK: of where they are then."""
     if MOVE == 0:
         return units & MASK
-    if _UPCAST:
+    if INTERPRETED_CONSTEXPR:
         return (units >> MOVE if MOVE > 0 else units << -MOVE) & MASK
     # Both units of a register at once: what crosses their border is masked. The compiler would shift them one by one.
     if MOVE > 0:
@@ -58,17 +56,37 @@ def _field(units, MOVE: tl.constexpr, MASK: tl.constexpr):
     return moved & MASK
 
 
+@triton.constexpr_function
+def select_asm(move: int, mask: int, bits: int, flip: bool) -> str:
+    """PTX of :func:`_selected`, for the two units of a register at once: what crosses their border is masked.
+
+    One instruction masks and sets bits. The compiler would need two, and shift the units one by one.
+    """
+    select = f"{mask * 0x10001:#x}, {bits * 0x10001:#x}, {0x6A if flip else 0xEA:#x};"
+    if move == 0:
+        return f"lop3.b32 $0, $1, {select}"
+    return f"{{ .reg .b32 t; {'shr' if move > 0 else 'shl'}.b32 t, $1, {abs(move)}; lop3.b32 $0, t, {select} }}"
+
+
+@triton.jit
+def _selected(units, MOVE: tl.constexpr, MASK: tl.constexpr, BITS: tl.constexpr, FLIP: tl.constexpr):
+    """:func:`_field`, with BITS set, or flipped."""
+    if INTERPRETED_CONSTEXPR:
+        field = _field(units, MOVE, MASK)
+        return field ^ BITS if FLIP else field | BITS
+    asm: tl.constexpr = select_asm(MOVE, MASK, BITS, FLIP)
+    return tl.inline_asm_elementwise(asm, "=r,r", [units], tl.int16, is_pure=True, pack=2)
+
+
 @triton.jit
 def _byte_integer(units, AT: tl.constexpr, SIGNED: tl.constexpr, FRACTION: tl.constexpr):
     """Of 8-bit codes at bit AT of units: c - 128 as a 16-bit float. SIGNED: c is stored less 128."""
     if FRACTION == 10:
-        c = _field(units, AT, 0xFF)
-        return _difference(
-            (c ^ (0x6480 if SIGNED else 0x6400)).to(tl.float16, bitcast=True), tl.full(c.shape, 1152.0, tl.float16)
-        )
+        c = _selected(units, AT, 0xFF, 0x6480 if SIGNED else 0x6400, True)
+        return _difference(c.to(tl.float16, bitcast=True), tl.full(c.shape, 1152.0, tl.float16))
     else:  # a fraction of 7 bits: 128 + the low ones, less 256 or, where the eighth is set, 128
-        low = (_field(units, AT, 0x7F) | 0x4300).to(tl.bfloat16, bitcast=True)
-        eighth = _field(units, AT, 0x80) ^ (0x4300 if SIGNED else 0x4380)
+        low = _selected(units, AT, 0x7F, 0x4300, False).to(tl.bfloat16, bitcast=True)
+        eighth = _selected(units, AT, 0x80, 0x4300 if SIGNED else 0x4380, True)
         return _difference(low, eighth.to(tl.bfloat16, bitcast=True))
 
 
@@ -92,10 +110,10 @@ def _integers(
         elif not SIGNED:
             value = _difference(value, tl.full(high.shape, OFFSET - 128, HALF))
         return value
-    c = _field(high, HIGH_AT - LOW, ((1 << HIGH) - 1) << LOW if BITS < 7 else 0x7F)
+    c = _selected(high, HIGH_AT - LOW, ((1 << HIGH) - 1) << LOW if BITS < 7 else 0x7F, BITS_OF_ONE, False)
     if LOW:
         c |= _field(low, LOW_AT, (1 << LOW) - 1)
-    value = (c | BITS_OF_ONE).to(HALF, bitcast=True)
+    value = c.to(HALF, bitcast=True)
     if ZERO:
         return _difference(value, (zero | BITS_OF_ONE).to(HALF, bitcast=True))
     return _difference(value, tl.full(high.shape, ONE + OFFSET, HALF))
@@ -106,7 +124,7 @@ def _scaled(bits, POWER: tl.constexpr, FRACTION: tl.constexpr):
     """The 16-bit float of these bits, times 2**POWER."""
     if FRACTION == 10:
         return bits.to(tl.float16, bitcast=True) * tl.full(bits.shape, 2.0**POWER, tl.float16)
-    elif _UPCAST:  # the interpreter has no small bfloat16, either
+    elif INTERPRETED_CONSTEXPR:  # the interpreter has no small bfloat16, either
         return ((bits.to(tl.int32) << 16).to(tl.float32, bitcast=True) * 2.0**POWER).to(tl.bfloat16)
     else:
         return bits.to(tl.bfloat16, bitcast=True) * tl.full(bits.shape, 2.0**POWER, tl.bfloat16)
@@ -127,7 +145,7 @@ def _codes(high, low, HIGH_AT: tl.constexpr, LOW_AT: tl.constexpr, HIGH: tl.cons
     """Codes, uint8, at bits HIGH_AT of bytes, and LOW_AT of those of a second plane if LOW."""
     if HIGH == 8:
         return high
-    if _UPCAST:
+    if INTERPRETED_CONSTEXPR:
         c = (high >> HIGH_AT) & ((1 << HIGH) - 1)
         if LOW:
             c = (c << LOW) | ((low >> LOW_AT) & ((1 << LOW) - 1))
