@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pelton.graph.quantized import CODE_VALUES, QuantizedArray
-from pelton.graph.types import E8M0, F16, ROW, GroupQuant
+from pelton.graph.types import E4M3, E8M0, F16, ROW, GroupQuant
 from tests.backends.cuda.device import DEVICE
 from tests.backends.cuda.test_norms import ROUNDING, f64, vector
 from tests.backends.cuda.test_packing import ROWS, TYPES, packed, quantized
@@ -161,6 +161,18 @@ def test_what_is_broken_stays_broken() -> None:
     x[0, 40] = float("nan")
     got = run(2, weight, x, None, tile)
     assert bool(got[0].isnan().all()) and not bool(got[1].isnan().any())
+
+
+@pytest.mark.parametrize(
+    ("type", "code"),
+    [(GroupQuant(4, 32, scale=E8M0, floating=True), 255)]
+    + [(GroupQuant(4, 16, scale=E4M3, floating=True, outer=ROW), code) for code in (0x7F, 0xFF)],
+)
+def test_scales_that_are_nan(type: GroupQuant, code: int) -> None:
+    weight = packed(quantized(type, cols=96))
+    weight.scale[1, 2] = code
+    got = run(1, weight, activations(1, 96, BF16), None, products.ProductTile(8, 64, 1, 2, 3))
+    assert torch.equal(got[0].isnan().nonzero()[:, 0], torch.tensor([2], device=DEVICE))
 
 
 def emulated(asm: str, units: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
