@@ -342,12 +342,13 @@ def _product_kernel(
                 there = (x_rows < m)[None, :] & (column + unit < k)[:, None]
                 x = tl.load(x_at + column, mask=there, other=0)
             for half in tl.static_range(HALVES):
+                share = column + half * STEP % PART  # a column of this half
                 if CARRIED:
                     own_factors = factors[(part * PART + half * (PART // HALVES)) // STEP]
-                else:
+                elif ZERO and not INT8:
                     own_factors = _block_factors(
-                        scale_ptr, minimum_ptr, outer_ptr, outer_minimum_ptr, x_scales_ptr, column + half * STEP % PART,
-                        rows, x_rows, n, x_scales_stride, m, k, GROUP, X_GROUP, OUTER, MINIMUM, ZERO, INT8, STEP, STEP,
+                        scale_ptr, minimum_ptr, outer_ptr, outer_minimum_ptr, x_scales_ptr, share, rows, x_rows, n,
+                        x_scales_stride, m, k, GROUP, X_GROUP, OUTER, MINIMUM, ZERO, INT8, STEP, STEP,
                     )[0]  # fmt: skip
                 zero = high
                 if ZERO and not INT8:
@@ -382,6 +383,11 @@ def _product_kernel(
                     if SUMS:
                         sums = dot(ones, y, sums, True)
                 if not WHOLE and (part * PART + (half + 1) * (PART // HALVES)) % STEP == 0:
+                    if not CARRIED:  # nor held any longer than needed
+                        own_factors = _block_factors(
+                            scale_ptr, minimum_ptr, outer_ptr, outer_minimum_ptr, x_scales_ptr, share, rows, x_rows, n,
+                            x_scales_stride, m, k, GROUP, X_GROUP, OUTER, MINIMUM, ZERO, INT8, STEP, STEP,
+                        )[0]  # fmt: skip
                     total = _add_group(
                         total, partial, sums, own_factors, OFFSET, OUTER, KIND, MINIMUM, ZERO, INT8, GROUP > 0,
                         X_GROUP > 0,
