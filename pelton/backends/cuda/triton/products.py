@@ -221,7 +221,7 @@ def _block_factors(
     """:func:`_stored_factors` of each STEP of the COLUMNS from this one on, what is applied within a row."""
     factors = ()
     for step in tl.static_range(COLUMNS // STEP):
-        factors += (
+        factors += (  # type: ignore[assignment]  # Triton has tuples grow
             _stored_factors(
                 scale_ptr, minimum_ptr, outer_ptr, outer_minimum_ptr, x_scales_ptr,
                 tl.minimum(column + step * STEP, k - 1), rows, x_rows, n, x_scales_stride, m, GROUP, X_GROUP, OUTER,
@@ -344,7 +344,7 @@ def _product_kernel(
             for half in tl.static_range(HALVES):
                 share = column + half * STEP % PART  # a column of this half
                 if CARRIED:
-                    own_factors = factors[(part * PART + half * (PART // HALVES)) // STEP]
+                    own_factors = factors[(part * PART + half * (PART // HALVES)) // STEP]  # type: ignore[var-annotated]
                 elif ZERO and not INT8:
                     own_factors = _block_factors(
                         scale_ptr, minimum_ptr, outer_ptr, outer_minimum_ptr, x_scales_ptr, share, rows, x_rows, n,
