@@ -158,6 +158,10 @@ def main(capabilities: list[int], some: bool) -> None:
             if capability < _LEAST_CAPABILITY.get(kernel.fn.__name__, 0):
                 continue
             compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            # Where the 512 columns of Blackwell's tensor memory are too few, Triton 3.6 compiles a trap, silently.
+            tensor_memory = getattr(compiled.metadata, "tmem_size", 0) or 0
+            if tensor_memory > 512 or "trap;" in compiled.asm["ptx"]:
+                raise RuntimeError(f"{source.name} on sm_{capability}: {tensor_memory} columns, or a trap: {options}")
             registers, stack = _resources(compiled.asm["cubin"])
             row = {
                 "kernel": kernel.fn.__name__, "sm": capability, "shared": compiled.metadata.shared,

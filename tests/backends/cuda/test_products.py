@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from pelton.graph.quantized import CODE_VALUES, QuantizedArray
-from pelton.graph.types import E8M0, F16, ROW, GroupQuant
+from pelton.graph.types import E4M3, E8M0, F16, ROW, GroupQuant
 from tests.backends.cuda.device import DEVICE
 from tests.backends.cuda.test_norms import ROUNDING, f64, vector
 from tests.backends.cuda.test_packing import ROWS, TYPES, packed, quantized
@@ -160,6 +161,48 @@ def test_what_is_broken_stays_broken() -> None:
     x[0, 40] = float("nan")
     got = run(2, weight, x, None, tile)
     assert bool(got[0].isnan().all()) and not bool(got[1].isnan().any())
+
+
+@pytest.mark.parametrize(
+    ("type", "code"),
+    [(GroupQuant(4, 32, scale=E8M0, floating=True), 255)]
+    + [(GroupQuant(4, 16, scale=E4M3, floating=True, outer=ROW), code) for code in (0x7F, 0xFF)],
+)
+def test_scales_that_are_nan(type: GroupQuant, code: int) -> None:
+    weight = packed(quantized(type, cols=96))
+    weight.scale[1, 2] = code
+    got = run(1, weight, activations(1, 96, BF16), None, products.ProductTile(8, 64, 1, 2, 3))
+    assert torch.equal(got[0].isnan().nonzero()[:, 0], torch.tensor([2], device=DEVICE))
+
+
+def emulated(asm: str, units: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """$0 of PTX with $1."""
+    values = {"$1": units}
+    pattern = r"(shl|shr|lop3)\.b32 ([$\w]+), ([$\w]+), (\w+)(?:, (\w+), (\w+))?;"
+    for name, into, first, second, third, table in re.findall(pattern, asm):
+        a, b = values[first], np.uint32(int(second, 0))
+        if name == "lop3":  # bit 4 a + 2 b + c of the table
+            c = np.uint32(int(third, 0))
+            terms = [(a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c) for i in range(8)]
+            values[into] = np.bitwise_or.reduce([term for i, term in enumerate(terms) if int(table, 0) >> i & 1])
+        else:
+            values[into] = a << b if name == "shl" else a >> b
+    return values["$0"]
+
+
+@pytest.mark.parametrize("one", [0x6400, 0x4300, 0x6480, 0x4380])
+def test_ptx_that_selects_bits(one: int) -> None:
+    """As the interpreter, which runs none, has it: both units of a register, whatever is beside the field."""
+    both = np.random.default_rng(0).integers(0, 1 << 32, 1000, dtype=np.uint32)
+    units = both.view(np.uint16).astype(np.int64)
+    for move in range(-4, 16):
+        for mask in (0x01, 0x03, 0x0F, 0x06, 0x1E, 0x3C, 0x7F, 0xFF, 0x80):
+            if mask << move >> 16 if move > 0 else mask & ((1 << -move) - 1):
+                continue  # bits of the neighbour
+            field = (units >> move if move > 0 else units << -move) & mask
+            for flip, want in ((False, field | one), (True, field ^ one)):
+                got = emulated(products.select_asm(move, mask, one, flip), both)
+                np.testing.assert_array_equal(got.view(np.uint16), want)
 
 
 def test_no_rows() -> None:

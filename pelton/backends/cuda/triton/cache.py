@@ -11,9 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import INTERPRETED, from_e4m3
-
-_UPCAST: tl.constexpr = tl.constexpr(INTERPRETED)
+from .common import INTERPRETED_CONSTEXPR, from_e4m3
 
 #: Element types of codes that have scales; uint8: FP8 E4M3.
 SCALED = (torch.int8, torch.uint8)
@@ -109,7 +107,7 @@ def decode(codes, TYPE: tl.constexpr, FEW_ROWS: tl.constexpr):
     it does not. With many rows there are no registers for this.
     """
     integers: tl.constexpr = codes.dtype == tl.int8
-    if _UPCAST or TYPE.is_fp32():
+    if INTERPRETED_CONSTEXPR or TYPE.is_fp32():
         x = (codes if integers else from_e4m3(codes)).to(tl.float32).to(TYPE)
     else:  # what the compiler makes of that takes twice as many instructions
         unused = codes

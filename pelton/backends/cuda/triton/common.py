@@ -7,11 +7,11 @@ import triton.language as tl
 
 #: Kernels run in Triton's interpreter, on the host. ``TRITON_INTERPRET=1`` at the first import asks for it.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+#: The same for kernels.
+INTERPRETED_CONSTEXPR: tl.constexpr = tl.constexpr(INTERPRETED)
 
 #: Of a launch: a product and a sum may be one instruction. Said aloud, as Triton's default changes with its versions.
 FUSED = {"enable_fp_fusion": True}
-
-_UPCAST: tl.constexpr = tl.constexpr(INTERPRETED)
 
 
 def next_power_of_2(n: int) -> int:
@@ -24,7 +24,7 @@ def dot(a, b, acc, EXACT: tl.constexpr):
     """acc + a @ b in float32, or of int8 in int32. EXACT: float32 operands keep all their bits (no TF32)."""
     if a.dtype == tl.int8:
         return tl.dot(a, b, acc, out_dtype=tl.int32)
-    elif _UPCAST:  # the interpreter has no bfloat16 products
+    elif INTERPRETED_CONSTEXPR:  # the interpreter has no bfloat16 products
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     elif EXACT:
         return tl.dot(a, b, acc, input_precision="ieee")

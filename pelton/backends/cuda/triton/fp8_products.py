@@ -15,11 +15,10 @@ import triton.language as tl
 
 from ....graph.types import E4M3, E8M0
 from ..packing import PackedWeight
-from .common import FUSED, INTERPRETED, dot, from_e4m3
+from .common import FUSED, INTERPRETED_CONSTEXPR, dot, from_e4m3
 from .products import _factors
 from .quantize import Codes
 
-_DECODED: tl.constexpr = tl.constexpr(INTERPRETED)
 #: Tiles of rows whose programs are neighbours: they read the same weights.
 _TALL: tl.constexpr = tl.constexpr(8)
 
@@ -39,7 +38,7 @@ def _e4m3(ptr):
 
     Bytes that became codes after they were loaded would go from shared memory to tensor cores by way of registers.
     """
-    if _DECODED:
+    if INTERPRETED_CONSTEXPR:
         return ptr
     return ptr.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
 
@@ -50,7 +49,7 @@ def dot_fp8(a, b):
 
     The limit of imprecise sums keeps the compiler from adding products to the sum that a caller adds them to.
     """
-    if _DECODED:
+    if INTERPRETED_CONSTEXPR:
         zero = tl.zeros((a.shape[0], b.shape[1]), tl.float32)
         return dot(from_e4m3(a).to(tl.float32), from_e4m3(b).to(tl.float32), zero, True)
     return tl.dot(a, b, max_num_imprecise_acc=a.shape[1])

@@ -20,9 +20,7 @@ import triton.language as tl
 
 from ....graph.types import E4M3, E8M0, GroupQuant
 from ..packing import PART, PackedWeight, chunk, is_signed, plane_bits
-from .common import FUSED, INTERPRETED, dot, from_e2m1, from_e4m3, next_power_of_2
-
-_UPCAST: tl.constexpr = tl.constexpr(INTERPRETED)
+from .common import FUSED, INTERPRETED_CONSTEXPR, dot, from_e2m1, from_e4m3, next_power_of_2
 
 
 class ProductTile(NamedTuple):
@@ -38,7 +36,7 @@ class ProductTile(NamedTuple):
 @triton.jit
 def _difference(a, b):
     """a - b of 16-bit floats where that is exact."""
-    if _UPCAST:  # the interpreter takes bfloat16 for integers
+    if INTERPRETED_CONSTEXPR:  # the interpreter takes bfloat16 for integers
         return (a.to(tl.float32) - b.to(tl.float32)).to(a.dtype)
     return a - b
 
@@ -48,7 +46,7 @@ def _field(units, MOVE: tl.constexpr, MASK: tl.constexpr):
     """Bits of units (int16), moved to the right, or left if negative, and masked. MASK: of where they are then."""
     if MOVE == 0:
         return units & MASK
-    if _UPCAST:
+    if INTERPRETED_CONSTEXPR:
         return (units >> MOVE if MOVE > 0 else units << -MOVE) & MASK
     # Both units of a register at once: what crosses their border is masked. The compiler would shift them one by one.
     if MOVE > 0:
@@ -58,17 +56,37 @@ def _field(units, MOVE: tl.constexpr, MASK: tl.constexpr):
     return moved & MASK
 
 
+@triton.constexpr_function
+def select_asm(move: int, mask: int, bits: int, flip: bool) -> str:
+    """PTX of :func:`_selected`, for the two units of a register at once: what crosses their border is masked.
+
+    One instruction masks and sets bits. The compiler would need two, and shift the units one by one.
+    """
+    select = f"{mask * 0x10001:#x}, {bits * 0x10001:#x}, {0x6A if flip else 0xEA:#x};"
+    if move == 0:
+        return f"lop3.b32 $0, $1, {select}"
+    return f"{{ .reg .b32 t; {'shr' if move > 0 else 'shl'}.b32 t, $1, {abs(move)}; lop3.b32 $0, t, {select} }}"
+
+
+@triton.jit
+def _selected(units, MOVE: tl.constexpr, MASK: tl.constexpr, BITS: tl.constexpr, FLIP: tl.constexpr):
+    """:func:`_field`, with BITS set, or flipped."""
+    if INTERPRETED_CONSTEXPR:
+        field = _field(units, MOVE, MASK)
+        return field ^ BITS if FLIP else field | BITS
+    asm: tl.constexpr = select_asm(MOVE, MASK, BITS, FLIP)
+    return tl.inline_asm_elementwise(asm, "=r,r", [units], tl.int16, is_pure=True, pack=2)
+
+
 @triton.jit
 def _byte_integer(units, AT: tl.constexpr, SIGNED: tl.constexpr, FRACTION: tl.constexpr):
     """Of 8-bit codes at bit AT of units: c - 128 as a 16-bit float. SIGNED: c is stored less 128."""
     if FRACTION == 10:
-        c = _field(units, AT, 0xFF)
-        return _difference(
-            (c ^ (0x6480 if SIGNED else 0x6400)).to(tl.float16, bitcast=True), tl.full(c.shape, 1152.0, tl.float16)
-        )
+        c = _selected(units, AT, 0xFF, 0x6480 if SIGNED else 0x6400, True)
+        return _difference(c.to(tl.float16, bitcast=True), tl.full(c.shape, 1152.0, tl.float16))
     else:  # a fraction of 7 bits: 128 + the low ones, less 256 or, where the eighth is set, 128
-        low = (_field(units, AT, 0x7F) | 0x4300).to(tl.bfloat16, bitcast=True)
-        eighth = _field(units, AT, 0x80) ^ (0x4300 if SIGNED else 0x4380)
+        low = _selected(units, AT, 0x7F, 0x4300, False).to(tl.bfloat16, bitcast=True)
+        eighth = _selected(units, AT, 0x80, 0x4300 if SIGNED else 0x4380, True)
         return _difference(low, eighth.to(tl.bfloat16, bitcast=True))
 
 
@@ -92,10 +110,10 @@ def _integers(
         elif not SIGNED:
             value = _difference(value, tl.full(high.shape, OFFSET - 128, HALF))
         return value
-    c = _field(high, HIGH_AT - LOW, ((1 << HIGH) - 1) << LOW if BITS < 7 else 0x7F)
+    c = _selected(high, HIGH_AT - LOW, ((1 << HIGH) - 1) << LOW if BITS < 7 else 0x7F, BITS_OF_ONE, False)
     if LOW:
         c |= _field(low, LOW_AT, (1 << LOW) - 1)
-    value = (c | BITS_OF_ONE).to(HALF, bitcast=True)
+    value = c.to(HALF, bitcast=True)
     if ZERO:
         return _difference(value, (zero | BITS_OF_ONE).to(HALF, bitcast=True))
     return _difference(value, tl.full(high.shape, ONE + OFFSET, HALF))
@@ -106,7 +124,7 @@ def _scaled(bits, POWER: tl.constexpr, FRACTION: tl.constexpr):
     """The 16-bit float of these bits, times 2**POWER."""
     if FRACTION == 10:
         return bits.to(tl.float16, bitcast=True) * tl.full(bits.shape, 2.0**POWER, tl.float16)
-    elif _UPCAST:  # the interpreter has no small bfloat16, either
+    elif INTERPRETED_CONSTEXPR:  # the interpreter has no small bfloat16, either
         return ((bits.to(tl.int32) << 16).to(tl.float32, bitcast=True) * 2.0**POWER).to(tl.bfloat16)
     else:
         return bits.to(tl.bfloat16, bitcast=True) * tl.full(bits.shape, 2.0**POWER, tl.bfloat16)
@@ -127,7 +145,7 @@ def _codes(high, low, HIGH_AT: tl.constexpr, LOW_AT: tl.constexpr, HIGH: tl.cons
     """Codes, uint8, at bits HIGH_AT of bytes, and LOW_AT of those of a second plane if LOW."""
     if HIGH == 8:
         return high
-    if _UPCAST:
+    if INTERPRETED_CONSTEXPR:
         c = (high >> HIGH_AT) & ((1 << HIGH) - 1)
         if LOW:
             c = (c << LOW) | ((low >> LOW_AT) & ((1 << LOW) - 1))
@@ -149,10 +167,11 @@ def _codes(high, low, HIGH_AT: tl.constexpr, LOW_AT: tl.constexpr, HIGH: tl.cons
 @triton.jit
 def _factor(scale, KIND: tl.constexpr):
     """Float32 of stored scales."""
-    if KIND == "e8m0":  # the exponent of a float; the lowest one is below the normal ones
-        return tl.where(scale == 0, 0x400000, scale.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    if KIND == "e8m0":  # the exponent of a float; the lowest one is below the normal ones, the highest one is NaN
+        bits = tl.where(scale == 0, 0x400000, scale.to(tl.int32) << 23)
+        return tl.where(scale == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
     if KIND == "e4m3":
-        return from_e4m3(scale).to(tl.float32)
+        return tl.where((scale & 0x7F) == 0x7F, float("nan"), from_e4m3(scale).to(tl.float32))
     return scale.to(tl.float32)
 
 
@@ -167,37 +186,81 @@ def _factors(ptr, outer_ptr, group, column, rows, n, OUTER: tl.constexpr, KIND: 
 
 
 @triton.jit
-def _add_group(
-    total, partial, sums, scale_ptr, minimum_ptr, outer_ptr, outer_minimum_ptr, x_scales_ptr, column, rows, x_rows, n,
-    x_scales_stride, m, OFFSET: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, OUTER: tl.constexpr,
-    KIND: tl.constexpr, MINIMUM: tl.constexpr, ZERO: tl.constexpr, INT8: tl.constexpr, ROWS: tl.constexpr,
-    BY_X: tl.constexpr,
+def _stored_factors(
+    scale_ptr, minimum_ptr, outer_ptr, outer_minimum_ptr, x_scales_ptr, column, rows, x_rows, n, x_scales_stride, m,
+    GROUP: tl.constexpr, X_GROUP: tl.constexpr, OUTER: tl.constexpr, MINIMUM: tl.constexpr, ZERO: tl.constexpr,
+    ROWS: tl.constexpr, BY_X: tl.constexpr,
 ):  # fmt: skip
-    """total + partial [BLOCK_N, BLOCK_M], in float32, times the factors of the group with the column.
+    """Of the group with the column, as stored: scale, minimum or zero point, the outer ones of both, x's scale.
 
-    sums: of x in the group, the same in all rows, if there are minima (INT8: zero points) to multiply them with. ROWS:
-    factors of the weight, BY_X: those of x are applied.
+    What there is not, or is not to be applied (ROWS: factors of the weight, BY_X: those of x), is anything.
     """
+    scale, minimum, outer, outer_minimum, by = rows, rows, rows, rows, x_rows
+    at = (column // GROUP if GROUP else 0 * column).to(tl.int64) * n + rows
+    if MINIMUM or ZERO:
+        minimum = tl.load(minimum_ptr + at)
     if ROWS:
-        group = column // GROUP if GROUP else column * 0
-        scale = _factors(scale_ptr, outer_ptr, group, column, rows, n, OUTER, KIND)
+        scale = tl.load(scale_ptr + at)
+        if OUTER is not None:
+            outer_at = (column // OUTER if OUTER else 0) * n + rows
+            outer = tl.load(outer_ptr + outer_at)
+            if MINIMUM:
+                outer_minimum = tl.load(outer_minimum_ptr + outer_at)
+    if BY_X:
+        x_group = column // X_GROUP if X_GROUP else 0
+        by = tl.load(x_scales_ptr + x_group * x_scales_stride + x_rows, mask=x_rows < m, other=0.0)
+    return scale, minimum, outer, outer_minimum, by
+
+
+@triton.jit
+def _block_factors(
+    scale_ptr, minimum_ptr, outer_ptr, outer_minimum_ptr, x_scales_ptr, column, rows, x_rows, n, x_scales_stride, m, k,
+    GROUP: tl.constexpr, X_GROUP: tl.constexpr, OUTER: tl.constexpr, MINIMUM: tl.constexpr, ZERO: tl.constexpr,
+    INT8: tl.constexpr, STEP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """:func:`_stored_factors` of each STEP of the COLUMNS from this one on, what is applied within a row."""
+    factors = ()
+    for step in tl.static_range(COLUMNS // STEP):
+        factors += (  # type: ignore[assignment]  # Triton has tuples grow
+            _stored_factors(
+                scale_ptr, minimum_ptr, outer_ptr, outer_minimum_ptr, x_scales_ptr,
+                tl.minimum(column + step * STEP, k - 1), rows, x_rows, n, x_scales_stride, m, GROUP, X_GROUP, OUTER,
+                MINIMUM and GROUP > 0, ZERO and (GROUP > 0 or not INT8), GROUP > 0, X_GROUP > 0,
+            ),
+        )  # fmt: skip
+    return factors
+
+
+@triton.jit
+def _add_group(
+    total, partial, sums, factors, OFFSET: tl.constexpr, OUTER: tl.constexpr, KIND: tl.constexpr, MINIMUM: tl.constexpr,
+    ZERO: tl.constexpr, INT8: tl.constexpr, ROWS: tl.constexpr, BY_X: tl.constexpr,
+):  # fmt: skip
+    """total + partial [BLOCK_N, BLOCK_M], in float32, times the factors of its group, :func:`_stored_factors`.
+
+    sums: of x in the group, the same in all rows, if there are minima (INT8: zero points) to multiply them with.
+    """
+    stored, stored_minimum, outer, outer_minimum, by = factors
+    if ROWS:
+        scale = _factor(stored, KIND)
+        if OUTER is not None:
+            scale *= outer.to(tl.float32)
         if INT8:
             if ZERO:
-                zero = tl.load(minimum_ptr + group.to(tl.int64) * n + rows).to(tl.int32)
-                partial -= sums * (zero + OFFSET)[:, None]
+                partial -= sums * (stored_minimum.to(tl.int32) + OFFSET)[:, None]
             elif OFFSET:
                 partial -= sums * OFFSET
         part = partial.to(tl.float32) * scale[:, None]
         if MINIMUM:
-            minimum = _factors(minimum_ptr, outer_minimum_ptr, group, column, rows, n, OUTER, KIND)
+            minimum = _factor(stored_minimum, KIND)
+            if OUTER is not None:
+                minimum *= outer_minimum.to(tl.float32)
             if not BY_X:  # in this order products and sums are single instructions
                 return total + part + sums.to(tl.float32) * minimum[:, None]
             part += sums.to(tl.float32) * minimum[:, None]
     else:
         part = partial.to(tl.float32)
     if BY_X:
-        x_group = column // X_GROUP if X_GROUP else 0
-        by = tl.load(x_scales_ptr + x_group * x_scales_stride + x_rows, mask=x_rows < m, other=0.0)
         part *= by[None, :]
     return total + part
 
@@ -229,6 +292,9 @@ def _product_kernel(
     SUM: tl.constexpr = tl.int32 if INT8 else tl.float32
     # No factors before the end: there is one sum.
     WHOLE: tl.constexpr = GROUP == 0 and X_GROUP <= 0
+    # Factors of a block are loaded while the one before is multiplied, unless they are too many for the registers.
+    CARRIED: tl.constexpr = not LOW and (not INT8 or BLOCK_M <= 8)
+    tl.static_assert(STEP >= PART or 2 * STEP == PART)
 
     tiles_m = tl.cdiv(m, BLOCK_M)
     program = tl.program_id(0)
@@ -245,7 +311,19 @@ def _product_kernel(
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     partial = tl.zeros((BLOCK_N, BLOCK_M), SUM)
     sums = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+    following = ()
+    if CARRIED:
+        following = _block_factors(
+            scale_ptr, minimum_ptr, outer_ptr, outer_minimum_ptr, x_scales_ptr, first, rows, x_rows, n,
+            x_scales_stride, m, k, GROUP, X_GROUP, OUTER, MINIMUM, ZERO, INT8, STEP, BLOCK_K,
+        )  # fmt: skip
     for start in tl.range(first, last, BLOCK_K):
+        if CARRIED:
+            factors = following
+            following = _block_factors(
+                scale_ptr, minimum_ptr, outer_ptr, outer_minimum_ptr, x_scales_ptr, start + BLOCK_K, rows, x_rows, n,
+                x_scales_stride, m, k, GROUP, X_GROUP, OUTER, MINIMUM, ZERO, INT8, STEP, BLOCK_K,
+            )  # fmt: skip
         for part in tl.static_range(BLOCK_K // PART):
             column = start + part * PART
             if part * HIGH % 8 == 0:
@@ -264,11 +342,17 @@ def _product_kernel(
                 there = (x_rows < m)[None, :] & (column + unit < k)[:, None]
                 x = tl.load(x_at + column, mask=there, other=0)
             for half in tl.static_range(HALVES):
-                share = tl.minimum(column + half * STEP % PART, k - 1)  # a column of this half
+                share = column + half * STEP % PART  # a column of this half
+                if CARRIED:
+                    own_factors = factors[(part * PART + half * (PART // HALVES)) // STEP]  # type: ignore[var-annotated]
+                elif ZERO and not INT8:
+                    own_factors = _block_factors(
+                        scale_ptr, minimum_ptr, outer_ptr, outer_minimum_ptr, x_scales_ptr, share, rows, x_rows, n,
+                        x_scales_stride, m, k, GROUP, X_GROUP, OUTER, MINIMUM, ZERO, INT8, STEP, STEP,
+                    )[0]  # fmt: skip
                 zero = high
                 if ZERO and not INT8:
-                    group = share // GROUP if GROUP else 0
-                    zero = tl.load(minimum_ptr + tl.cast(group, tl.int64) * n + rows)[:, None].to(tl.int16)
+                    zero = own_factors[1][:, None].to(tl.int16)
                 for odd in tl.static_range(2 if PAIRS else 1):
                     if PAIRS:
                         if FLOATING:
@@ -299,20 +383,27 @@ def _product_kernel(
                     if SUMS:
                         sums = dot(ones, y, sums, True)
                 if not WHOLE and (part * PART + (half + 1) * (PART // HALVES)) % STEP == 0:
+                    if not CARRIED:  # nor held any longer than needed
+                        own_factors = _block_factors(
+                            scale_ptr, minimum_ptr, outer_ptr, outer_minimum_ptr, x_scales_ptr, share, rows, x_rows, n,
+                            x_scales_stride, m, k, GROUP, X_GROUP, OUTER, MINIMUM, ZERO, INT8, STEP, STEP,
+                        )[0]  # fmt: skip
                     total = _add_group(
-                        total, partial, sums, scale_ptr, minimum_ptr, outer_ptr, outer_minimum_ptr, x_scales_ptr, share,
-                        rows, x_rows, n, x_scales_stride, m, OFFSET, GROUP, X_GROUP, OUTER, KIND, MINIMUM, ZERO, INT8,
-                        GROUP > 0, X_GROUP > 0,
+                        total, partial, sums, own_factors, OFFSET, OUTER, KIND, MINIMUM, ZERO, INT8, GROUP > 0,
+                        X_GROUP > 0,
                     )  # fmt: skip
                     partial = tl.zeros((BLOCK_N, BLOCK_M), SUM)
                     sums = tl.zeros((BLOCK_N, BLOCK_M), SUM)
     if WHOLE or GROUP == 0 or X_GROUP == 0:
         if not WHOLE:
             partial = total
+        factors = _stored_factors(
+            scale_ptr, minimum_ptr, outer_ptr, outer_minimum_ptr, x_scales_ptr, first, rows, x_rows, n, x_scales_stride,
+            m, GROUP, X_GROUP, OUTER, MINIMUM and GROUP == 0, INT8 and ZERO and GROUP == 0, GROUP == 0, X_GROUP == 0,
+        )  # fmt: skip
         total = _add_group(
-            tl.zeros((BLOCK_N, BLOCK_M), tl.float32), partial, sums, scale_ptr, minimum_ptr, outer_ptr,
-            outer_minimum_ptr, x_scales_ptr, first, rows, x_rows, n, x_scales_stride, m, OFFSET, GROUP, X_GROUP, OUTER,
-            KIND, MINIMUM, ZERO, INT8, GROUP == 0, X_GROUP == 0,
+            tl.zeros((BLOCK_N, BLOCK_M), tl.float32), partial, sums, factors, OFFSET, OUTER, KIND, MINIMUM, ZERO, INT8,
+            GROUP == 0, X_GROUP == 0,
         )  # fmt: skip
     _store(out_ptr, total, bias_ptr, own, x_rows, split, m, n, out_stride, PARTIAL)
 
@@ -424,7 +515,11 @@ def candidate_tiles(m: int, n: int, k: int, kind: GroupQuant | torch.dtype, num_
     if kind == torch.float32:
         shapes = [(8 if m <= 8 else 16, 64, 4, 2), (16, 32, 2, 2)]
     elif m > 32:
-        shapes = [(64, 128, 8, 3), (32, 64, 2, 3), (64, 64, 4, 3)]
+        # Two planes with a third stage would not fit into the shared memory of small devices.
+        stages = 2 if isinstance(kind, GroupQuant) and len(plane_bits(kind)) > 1 else 3
+        # No wider ones: the sums of each group, with four warps, would each take tensor memory of Blackwell's.
+        wide = (64, 128, 8, 3) if isinstance(kind, torch.dtype) else (16, 128, 2, stages)
+        shapes = [(32, 64, 2, stages), wide]
     elif m > 16:
         shapes = [(32, 64, 2, 3), (16, 128, 2, 3)]
     else:
