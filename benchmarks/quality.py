@@ -158,7 +158,8 @@ def llama_cpp_logits(model: Path, tokens: list[int], threads: int) -> Floats:
 def rounded_products(executor: Any, choice: str) -> Iterator[None]:
     """A reference executor's products take activations as a GPU does. choice: ``EngineConfig.product_activations``."""
     from pelton.backends.cuda.activations import Activations, activations_of
-    from pelton.graph import OPS, GroupQuant
+    from pelton.backends.cuda.stored import PRODUCTS
+    from pelton.graph import OPS, GroupQuant, Op
     from pelton.graph.ops import _scaled_tokens, scaled_token
 
     def rounded(x: Floats, wanted: Activations) -> Floats:
@@ -172,14 +173,16 @@ def rounded_products(executor: Any, choice: str) -> Iterator[None]:
         for node, value in executor._constants.items()
         if isinstance(node.tensor.dtype, GroupQuant)
     }
-    linear = OPS["linear"]
 
-    def product(attrs: Any, x: Floats, w: Floats, *bias: Floats) -> Any:
-        type = types.get(id(w))
-        wanted = None if type is None else activations_of(type, choice, True)
-        return linear.reference(attrs, x if wanted is None else rounded(x, wanted), w, *bias)
+    def rounding(op: Op) -> Op:
+        def product(attrs: Any, x: Floats, w: Floats, *bias: Floats) -> Any:
+            type = types.get(id(w))
+            wanted = None if type is None else activations_of(type, choice, True)
+            return op.reference(attrs, x if wanted is None else rounded(x, wanted), w, *bias)
 
-    with patch.dict(OPS, linear=replace(linear, reference=product)):
+        return replace(op, reference=product)
+
+    with patch.dict(OPS, {name: rounding(OPS[name]) for name in PRODUCTS}):
         yield
 
 

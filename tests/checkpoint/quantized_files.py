@@ -232,6 +232,10 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[Array], Written], str]] = {
         {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [24, 40]},
         fp8((24, 40), "weight_scale_inv"), "fp8g8:f32",
     ),
+    "fp8-blocks-whole": (
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]},
+        fp8((32, 32), "weight_scale_inv"), "fp8g32:f32",
+    ),
     "fp8-tensor": (
         {"quant_method": "fp8", "activation_scheme": "static"}, fp8(None, "weight_scale", static=True), "fp8g0:f32"
     ),
