@@ -18,5 +18,5 @@ def test_kernels_compile_and_fit() -> None:
     for row in rows:
         assert row["shared"] <= 227 << 10, row  # of a program on sm_90
         # Chunks with heads of 256 columns, a window and a soft-cap need a few bytes more than there are registers, and
-        # so does the draw with some compilers.
-        assert row["stack"] <= (64 if row["registers"] >= 128 else 0), row
+        # so do, with some compilers, the draw and products of some types.
+        assert row["stack"] <= 64, row
