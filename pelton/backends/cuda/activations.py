@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ...graph import E4M3, I8, DType, GroupQuant
 from ...program import Call, ConstantRef, Program, View
-from .stored import PRODUCTS, device_types, shape_of
+from .stored import PRODUCTS, device_types, product_operands, shape_of
 from .triton.quantize import supports_groups
 
 #: Kernels that can quantize what they write: the index of that output.
@@ -63,7 +63,8 @@ class Numerics:
         """Of most products."""
         work: Counter[str] = Counter()
         for call in program.calls:
-            if call.kernel in PRODUCTS and isinstance(weight := call.operands[1], ConstantRef):
+            if call.kernel in PRODUCTS:
+                _, weight = product_operands(call)
                 rows, cols = shape_of(program.constants[weight.index])
                 work[self.precision(weight.index)] += rows * cols
         return max(work, key=lambda name: work[name], default=self.compute.name)
@@ -109,12 +110,11 @@ def quantized_buffers(program: Program, of_weight: Mapping[int, Activations]) ->
 def _wanted(
     program: Program, reader: Call, view: View, out: View, of_weight: Mapping[int, Activations]
 ) -> Activations | None:
-    weight = reader.operands[1] if len(reader.operands) > 1 else None
-    if reader.kernel not in PRODUCTS or view != out or not isinstance(weight, ConstantRef):
+    if reader.kernel not in PRODUCTS or view != out:
         return None
     if program.rows_of(reader) != program.buffers[out.buffer].rows:  # it reads some of the rows
         return None
-    return of_weight.get(weight.index)
+    return of_weight.get(product_operands(reader)[1].index)
 
 
 def _by_heads(program: Program, call: Call, out: View) -> bool:

@@ -8,7 +8,7 @@ from ...program import CacheRef, Call, ConstantRef, Program, View
 from ..call_cost import CallCost
 from .activations import Activations, Numerics
 from .memory import rows_of
-from .stored import PRODUCTS, constant_bytes, device_types, shape_of
+from .stored import PRODUCTS, constant_bytes, device_types, product_operands, shape_of
 
 
 def call_costs(program: Program, numerics: Numerics) -> list[CallCost]:
@@ -41,8 +41,7 @@ def _cost(program: Program, types: list[ElementType], call: Call, numerics: Nume
         elif isinstance(operand, CacheRef) and call.kernel in ("kv_write", "rope_kv_write"):
             streamed.append({"T": program.caches[operand.index].token_bytes})
     if call.kernel in PRODUCTS:  # codes that no kernel before has made are written, then read
-        x, weight = call.operands[:2]
-        assert isinstance(x, View) and isinstance(weight, ConstantRef)
+        x, weight = product_operands(call)
         wanted = numerics.activations.get(weight.index)
         if wanted is not None and x.buffer not in numerics.quantized:
             activations.append({program.rows_of(call): 2 * _code_bytes(wanted, x.cols)})
@@ -57,5 +56,4 @@ def _code_bytes(wanted: Activations, cols: int) -> float:
 def _precision(call: Call, numerics: Numerics) -> str:
     if call.kernel == "attention":
         return numerics.compute.name
-    weight = call.operands[1] if call.kernel in PRODUCTS else None
-    return numerics.precision(weight.index) if isinstance(weight, ConstantRef) else "f32"
+    return numerics.precision(product_operands(call)[1].index) if call.kernel in PRODUCTS else "f32"

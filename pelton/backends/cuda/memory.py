@@ -9,12 +9,12 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from ...graph import BF16, E4M3, F16, F32, I8, DType
-from ...program import CacheRef, Call, ConstantRef, Program, View
+from ...program import CacheRef, Call, Program, View
 from ..step_inputs import Ints
 from .activations import Activations, Numerics
 from .device import Device
 from .inputs import DeviceInputs, Sizes
-from .stored import PRODUCTS
+from .stored import PRODUCTS, product_operands
 from .triton.attention import choose_splits, decode_workspace_size, prefill_tiles
 from .triton.quantize import Codes
 from .triton.sampling import scratch_words
@@ -85,8 +85,7 @@ def code_bytes(program: Program, numerics: Numerics) -> int:
     sizes = [0]
     for call in program.calls:
         if call.kernel in PRODUCTS:
-            x, weight = call.operands[:2]
-            assert isinstance(x, View) and isinstance(weight, ConstantRef)
+            x, weight = product_operands(call)
             wanted = numerics.activations.get(weight.index)
             if wanted is not None and x.buffer not in numerics.quantized:
                 sizes.append(CodeMemory.size(wanted, program.limits[program.rows_of(call)], x.cols))

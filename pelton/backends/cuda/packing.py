@@ -12,6 +12,7 @@ Scales, minima and zero points are as the type has them, but [groups, rows]: row
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -19,6 +20,8 @@ from ...graph.types import BF16, E4M3, E8M0, F16, F32, I8, U8, GroupQuant
 
 #: Columns of a piece of a tile.
 PART = 32
+#: Rows and columns that share a scale in checkpoints of DeepSeek and Qwen, and in the kernels of libraries.
+FP8_BLOCK = 128
 #: The type of scales in memory; FP8 and powers of two are kept as their bits.
 SCALE_TYPES = {
     F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16, U8: torch.uint8, I8: torch.int8, E4M3: torch.uint8,
@@ -55,6 +58,20 @@ class PackedWeight:
     def codes(self) -> torch.Tensor:
         """8-bit codes, [rows, cols] with the row stride of the padded columns: int8, float8_e4m3fn or uint8."""
         return self.planes[0][:, : self.cols]
+
+    @cached_property
+    def block_scales(self) -> torch.Tensor | None:
+        """Of blocks of ``FP8_BLOCK`` rows and columns, once all is written; None unless such rows share their scales.
+
+        float32 [rows / 128, cols / 128], rows 16 bytes apart or a multiple. Waits for the device.
+        """
+        groups, rows = self.scale.shape
+        blocks = self.scale.view(groups, rows // FP8_BLOCK, FP8_BLOCK)
+        if not bool((blocks == blocks[:, :, :1]).all()):
+            return None
+        scales = torch.zeros(rows // FP8_BLOCK, -(-groups // 4) * 4, device=blocks.device)[:, :groups]
+        scales.copy_(blocks[:, :, 0].t())
+        return scales
 
 
 def has_kernel(type: GroupQuant, cols: int) -> bool:

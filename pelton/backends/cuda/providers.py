@@ -18,7 +18,7 @@ from ...graph import BF16, E4M3, F32, I8, DType, GroupQuant
 from ...graph.types import ElementType
 from .device import Device
 from .memory import TORCH_TYPES
-from .packing import PackedWeight
+from .packing import FP8_BLOCK, PackedWeight
 from .triton import fp8_products
 from .triton.products import ProductTile, candidate_tiles, dequantize_rows, product, workspace_size
 from .triton.quantize import Codes
@@ -41,7 +41,6 @@ _FEW_ROWS = 16
 _RECORDED_ROWS = 64
 #: Rows from which on tensor cores have too much to do to multiply FP8 as float16.
 _FP8_ROWS = 64
-_FP8_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,24 +235,13 @@ def _fp8_rows_lt(problem: Problem, device: Device, scratch: Scratch) -> list[Can
     return [Candidate("cuBLASLt", bind)]
 
 
-def _block_scales(weight: PackedWeight) -> torch.Tensor | None:
-    """float32 [n / 128, k / 128], rows 16 bytes apart or a multiple; None unless 128 rows each share their scales."""
-    groups, rows = weight.scale.shape
-    blocks = weight.scale.view(groups, rows // _FP8_BLOCK, _FP8_BLOCK)
-    if not bool((blocks == blocks[:, :, :1]).all()):
-        return None
-    scales = torch.zeros(rows // _FP8_BLOCK, -(-groups // 4) * 4, device=blocks.device)[:, :groups]
-    scales.copy_(blocks[:, :, 0].t())
-    return scales
-
-
 def _fp8_blocks_lt(problem: Problem, device: Device, scratch: Scratch) -> list[Candidate]:
     ours = _fp8_triton if problem.rows >= _FP8_ROWS else _triton
     fallback = ours(problem, device, scratch)[0]
 
     def bind(weight: Held) -> Run | None:
         assert isinstance(weight, PackedWeight)
-        codes, scales, other = weight.codes.t(), _block_scales(weight), fallback.bind(weight)
+        codes, scales, other = weight.codes.t(), weight.block_scales, fallback.bind(weight)
         if scales is None or other is None:
             return None
 
@@ -303,7 +291,7 @@ def _fp8_triton(problem: Problem, device: Device, scratch: Scratch) -> list[Cand
     def candidate(tile: fp8_products.Fp8Tile) -> Candidate:
         def bind(weight: Held) -> Run:
             assert isinstance(weight, PackedWeight)
-            shared = _is_fp8_blocks(problem) and _block_scales(weight) is not None
+            shared = _is_fp8_blocks(problem) and weight.block_scales is not None
 
             def run(out: torch.Tensor, x: Left, bias: torch.Tensor | None) -> None:
                 assert isinstance(x, Codes)
@@ -326,7 +314,7 @@ def _flashinfer_blocks(problem: Problem, device: Device, scratch: Scratch) -> li
         except ImportError:  # another version, or one that does not load
             return None
         assert isinstance(weight, PackedWeight)
-        codes, scales = weight.codes, _block_scales(weight)
+        codes, scales = weight.codes, weight.block_scales
         if scales is None:
             return None
         scales = scales.contiguous()
@@ -367,8 +355,8 @@ def _is_fp8(problem: Problem) -> bool:
 
 def _is_fp8_blocks(problem: Problem) -> bool:
     weight = problem.weight
-    blocks = isinstance(weight, GroupQuant) and weight.group_size == _FP8_BLOCK and weight.scale == F32
-    return _is_fp8(problem) and blocks and problem.n % _FP8_BLOCK == 0 and problem.k % _FP8_BLOCK == 0
+    blocks = isinstance(weight, GroupQuant) and weight.group_size == FP8_BLOCK and weight.scale == F32
+    return _is_fp8(problem) and blocks and problem.n % FP8_BLOCK == 0 and problem.k % FP8_BLOCK == 0
 
 
 #: In the order of trust: of candidates that nobody has timed, the first is taken.

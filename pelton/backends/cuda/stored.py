@@ -8,11 +8,18 @@ from typing import Any
 
 from ...graph import BF16, F16, F32, DType, Graph, GroupQuant
 from ...graph.types import ElementType
-from ...program import Constant, ConstantRef, Program
+from ...program import Call, Constant, ConstantRef, Program, View
 from . import packing
 
 #: Kernels of matrix products with weights.
 PRODUCTS = ("linear", "gated_linear")
+
+
+def product_operands(call: Call) -> tuple[View, ConstantRef]:
+    """The left side and the weight of a call of ``PRODUCTS``."""
+    x, weight = call.operands[:2]
+    assert isinstance(x, View) and isinstance(weight, ConstantRef)
+    return x, weight
 
 
 def compute_type(graph: Graph, dtype: str = "auto") -> DType:

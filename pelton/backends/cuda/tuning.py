@@ -28,7 +28,7 @@ from .activations import Activations, Numerics
 from .device import Device
 from .memory import TORCH_TYPES, CodeMemory
 from .providers import EXCLUDE, PROVIDERS, Candidate, Left, Problem, Run, Scratch, candidates
-from .stored import PRODUCTS, device_types, shape_of
+from .stored import PRODUCTS, device_types, product_operands, shape_of
 from .triton.products import dequantize_rows
 from .triton.quantize import Codes
 from .weights import Held
@@ -65,8 +65,7 @@ def problems_of(program: Program, numerics: Numerics) -> list[Problem]:
     found: dict[Problem, None] = {}
     for call in program.calls:
         if call.kernel in PRODUCTS:
-            x, weight = call.operands[:2]
-            assert isinstance(x, View) and isinstance(weight, ConstantRef)
+            x, weight = product_operands(call)
             found[product_of(program, numerics, types, call.outputs[0], x, weight)] = None
     return [problem for most in found for problem in _by_rows(most)]
 

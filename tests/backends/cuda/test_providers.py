@@ -84,10 +84,10 @@ def test_candidates_agree(
 def test_block_scales_go_through_cublaslt_if_they_are_blocks() -> None:
     weight, odd = weight_of(BLOCKS, 256, 256, blocks=True), weight_of(BLOCKS, 256, 256)
     assert isinstance(weight, PackedWeight) and isinstance(odd, PackedWeight)
-    scales = providers._block_scales(weight)
+    scales = weight.block_scales
     assert scales is not None and scales.stride() == (4, 1)  # a row of scales takes whole 16 bytes
     assert torch.equal(scales.repeat_interleave(128, 0).t().contiguous(), weight.scale)
-    assert providers._block_scales(odd) is None
+    assert odd.block_scales is None
     problem = Problem(64, 256, 256, E4M3, BLOCKS, BF16)
     device = Device(DEVICE)
     names = [c.name for c in candidates(problem, device, Scratch.of([problem], device))]
