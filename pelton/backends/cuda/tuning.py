@@ -180,13 +180,13 @@ class Tuner:
                 if run is None:
                     failed[candidate.name] = "does not suit the weight"
                     continue
-                worst = 0.0
+                differences = []
                 # An odd number of rows, and what is added, are checked, too.
                 for rows, added in ((problem.rows, None), (max(1, problem.rows - 1), bias)):
                     run(out[:rows].fill_(float("nan")), _some(x, rows), added)
                     self._device.synchronize()
-                    difference = _difference(out[:rows], want[:rows], added)
-                    worst = difference if not difference <= worst else worst  # NaN is the worst
+                    differences.append(_difference(out[:rows], want[:rows], added))
+                worst = float(np.max(differences))  # NaN if one is
                 if not worst <= _TOLERANCE * largest:
                     failed[candidate.name] = f"is wrong by {worst / largest:.3g} of the largest result"
                     continue

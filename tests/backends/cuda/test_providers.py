@@ -152,6 +152,7 @@ def test_choices_are_measured_once_and_kept(tmp_path: Any, monkeypatch: pytest.M
         fake("fast", lambda x, b: 1.001 * (x + b)), fake("no bias", lambda x, b: x, 0.1),
         fake("broken", failing("no such size\nand more")), Candidate("picky", lambda weight: None),
         fake("nothing", lambda x, b: x * float("nan"), 0.1),
+        fake("only bias", lambda x, b: x + b if isinstance(b, torch.Tensor) else x * float("nan"), 0.1),
     ]  # fmt: skip
     with pytest.warns(UserWarning, match="finding the fastest kernels"):
         assert Tuner(device).ordered(problem, found, torch.eye(32, device=DEVICE))[0].name == "fast"
@@ -159,7 +160,7 @@ def test_choices_are_measured_once_and_kept(tmp_path: Any, monkeypatch: pytest.M
     assert kept["choice"] == "fast" and kept["seconds"] == {"slow": 2.0, "fast": 1.0}
     assert kept["failed"]["broken"] == "no such size" and kept["failed"]["picky"] == "does not suit the weight"
     assert re.match(r"is wrong by 0\.", kept["failed"]["wrong"])
-    assert {"no bias", "nothing"} < set(kept["failed"])
+    assert {"no bias", "nothing", "only bias"} < set(kept["failed"])
     fake.runs.clear()
     assert Tuner(device).ordered(problem, found, torch.eye(32, device=DEVICE))[0].name == "fast" and not fake.runs
     (tmp_path / "products.json").write_text(json.dumps({tuning.device_key(device): [1]}))
